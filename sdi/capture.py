@@ -1,0 +1,445 @@
+"""The only hooks: one forward and backward pass in which every use of a body parameter is seen.
+
+How it works. A `TorchFunctionMode` sees each torch call of the forward pass. A call that takes a
+body parameter is one of two kinds. Where every other operand is a constant or a parameter (a cast,
+a transpose, 1 + gain, the position embedding of arange(T)), its result is a *weight* too: it stays
+on autograd's graph down to the parameter and is remembered. Where an operand carries rows of the
+batch, it is a *use*: the operation runs with the weights detached, its operands are kept, and a
+hook on its output hands the output's gradient to a rule (`sdi.rules`), which adds the per-example
+gradient to a sink. So no weight gradient is ever computed.
+
+Which tensors carry rows. Those of the batch, and whatever is computed from them: a tag on the
+tensor object is passed on by every call. A tensor on the graph carries rows as well.
+
+Why not module hooks. A parameter can be used by a module of any class, raw, cast, transposed, or
+by two modules; the uses are the same few operations.
+
+What it gives up. Operations inside a custom autograd function or a foreign kernel are not seen.
+Every parameter of the body still requires a gradient while the model runs, so that an unseen use
+leaves it reachable from the loss, and `refuse_unseen` names it. Composite functions written in
+Python (`multi_head_attention_forward`) are entered. Compiled models run eagerly meanwhile.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from sdi import rules
+from sdi.errors import CaptureError, LoopError
+from sdi.loop import Loop, StepCounter
+from sdi.rules.generic import generic_rule
+from sdi.rules.use import Use, Weight
+from sdi.sinks import Sink
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+_TRANSPOSES = {Tensor.t, torch.t, Tensor.T.__get__, Tensor.mT.__get__}
+_CONSTANTS = {Tensor.detach, torch.detach, Tensor.data.__get__}
+_IN_PLACE = {Tensor.__iadd__: Tensor.add, Tensor.__imul__: Tensor.mul, Tensor.__isub__: Tensor.sub}
+_IN_PLACE |= {Tensor.__itruediv__: Tensor.div, Tensor.add_: Tensor.add, Tensor.mul_: Tensor.mul}
+_IN_PLACE |= {Tensor.sub_: Tensor.sub, Tensor.div_: Tensor.div}
+_ROWS = "_sdi_rows"
+
+
+@dataclass
+class Trace:
+    """What one captured pass saw.
+
+    Attributes:
+        losses: (B,) detached.
+        steps: number of steps of the loop.
+        detached: zero-based steps in which parameters were used without a gradient only.
+        served: parameter name → names of the rules that served it.
+    """
+
+    losses: Tensor
+    steps: int
+    detached: tuple[int, ...]
+    served: dict[str, set[str]] = field(default_factory=dict)
+
+
+def capture(
+    loop: Loop, batch: Any, loss: Loss, sink: Sink, size: int, check: Callable[[Tensor], None]
+) -> Trace:
+    """Run the loss forward and backward and hand every use of the body to the sink.
+
+    Args:
+        loop: model and body.
+        batch: what the loss takes; tensors inside are aliased, never changed.
+        loss: (model, batch) → (B,).
+        sink: receives the per-example contributions.
+        size: B.
+        check: refuses losses that are no (B,) of finite numbers.
+
+    Raises:
+        CaptureError: what cannot be attributed, by parameter name.
+        LoopError: if the body is never called.
+    """
+    mode = _CaptureMode(loop, sink, size)
+    with ExitStack() as stack:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(_only_body_trains(loop))
+        stack.enter_context(_counting(loop, mode))
+        stack.enter_context(torch.enable_grad())
+        with mode:
+            losses = loss(loop.model, _tagged(batch, size))
+        check(losses)
+        mode.refuse_after_forward(losses)
+        mode.replaying = True
+        with mode:
+            losses.sum().backward()
+        mode.release()
+    return Trace(losses.detach(), mode.steps.count, mode.detached_steps(), mode.served)
+
+
+@contextmanager
+def _only_body_trains(loop: Loop) -> Iterator[None]:
+    """Everything but the attributed parameters is frozen meanwhile; `.grad` is set aside."""
+    body = {id(p) for p in loop.parameters().values()}
+    others = [p for p in loop.model.parameters() if p.requires_grad and id(p) not in body]
+    gradients = [(p, p.grad) for p in loop.model.parameters()]
+    try:
+        for parameter in others:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in others:
+            parameter.requires_grad_(True)
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+
+
+@contextmanager
+def _counting(loop: Loop, mode: _CaptureMode) -> Iterator[None]:
+    def enter(module: nn.Module, _args: Any) -> None:
+        if not mode.replaying:
+            mode.steps.enter(module)
+
+    def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
+        if not mode.replaying:
+            mode.steps.leave()
+
+    handles: list[Any] = []
+    for member in loop.members:
+        handles.append(member.register_forward_pre_hook(enter, prepend=True))
+        handles.append(member.register_forward_hook(leave, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _tagged(batch: Any, size: int) -> Any:
+    """Aliases of the batch's tensors, tagged as carrying rows where B divides their first axis."""
+    if isinstance(batch, Tensor):
+        alias = batch.detach()
+        if alias.ndim and alias.shape[0] % size == 0:
+            setattr(alias, _ROWS, True)
+        return alias
+    if isinstance(batch, dict):
+        return {key: _tagged(value, size) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(_tagged(value, size) for value in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(_tagged(value, size) for value in batch)
+    return batch
+
+
+def _leaves(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _leaves(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _leaves(item)
+
+
+def _is_rowwise(value: Any) -> bool:
+    return isinstance(value, Tensor) and getattr(value, _ROWS, False)
+
+
+class _CaptureMode(TorchFunctionMode):
+    """Sees every torch call; see the module's docstring."""
+
+    def __init__(self, loop: Loop, sink: Sink, size: int) -> None:
+        super().__init__()
+        self.steps = StepCounter(loop)
+        self.replaying = False
+        self.served: dict[str, set[str]] = {}
+        self._loop, self._sink, self._size = loop, sink, size
+        self._weights: dict[int, Weight] = {}
+        self._keep: list[Tensor] = []
+        self._names = {id(p): name for name, p in loop.parameters().items()}
+        for name, p in loop.parameters().items():
+            self._weights[id(p)] = Weight(p, name, False, {name: p})
+        self._used: set[int] = set()
+        self._blind: dict[int, str] = {}
+        self._outside: set[str] = set()
+        self._unmade: dict[int, Use] = {}
+        self._makers: dict[Any, Any] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        weights = [t for t in _leaves((args, kwargs)) if id(t) in self._weights]
+        if not weights:
+            return self._plain(func, args, kwargs)
+        if func in _CONSTANTS or not torch.is_grad_enabled():
+            return self._blind_use(func, args, kwargs, weights)
+        rowwise = any(self._carries_rows(t) for t in _leaves((args, kwargs)))
+        if rules.find(func) is None and _is_composite(func):
+            with self:
+                return _entered(func)(*args, **kwargs)
+        return self._use(func, args, kwargs) if rowwise else self._derive(func, args, kwargs)
+
+    # -- the kinds of call ---------------------------------------------------------------------
+
+    def _plain(self, func: Any, args: Any, kwargs: Any) -> Any:
+        output = func(*args, **kwargs)
+        if any(self._carries_rows(t) for t in _leaves((args, kwargs))):
+            _tag(output)
+        return output
+
+    def _blind_use(self, func: Any, args: Any, kwargs: Any, weights: list[Tensor]) -> Any:
+        """A use without a gradient: nothing flows, and the step is reported as detached."""
+        output = func(*args, **kwargs)
+        if any(self._carries_rows(t) for t in _leaves((args, kwargs))):
+            _tag(output)
+            if self.steps.current is not None and not self.replaying:
+                self._blind[self.steps.current] = getattr(func, "__name__", str(func))
+        return output
+
+    def _derive(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A function of parameters and constants alone: its result is a weight."""
+        parents = [self._weights[id(t)] for t in _leaves((args, kwargs)) if id(t) in self._weights]
+        output = func(*args, **kwargs)
+        parameters = {name: p for w in parents for name, p in w.parameters.items()}
+        for tensor in _leaves(output):
+            if tensor.is_floating_point() and tensor.requires_grad:
+                weight = Weight(tensor, None, False, parameters)
+                if func in _TRANSPOSES and parents[0].name and tensor.ndim == 2:
+                    weight = replace(
+                        weight, name=parents[0].name, transposed=not parents[0].transposed
+                    )
+                self._weights[id(tensor)] = weight
+                self._keep.append(tensor)  # an id is only as good as the tensor's life
+        return output
+
+    def _use(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A parameter meets activations: run with the weights detached, and hook the output."""
+        if func in _IN_PLACE:
+            result = self._use(_IN_PLACE[func], args, kwargs)
+            return _tag(args[0].copy_(result))
+        self._refuse_writes(func, args, kwargs)
+        weights: dict[tuple[str, Any], Weight] = {}
+
+        def swap(at: tuple[str, Any], value: Any, record: bool) -> Any:
+            if isinstance(value, list | tuple):
+                items = [swap((at[0], (at[1], j)), v, record) for j, v in enumerate(value)]
+                return type(value)(items)
+            if not isinstance(value, Tensor):
+                return value
+            if id(value) in self._weights:
+                weights[at] = self._weights[id(value)]
+                return value.detach()
+            if record and (value.requires_grad or _is_rowwise(value)):
+                return _tag(value.detach())
+            return value
+
+        run = [swap(("args", i), v, False) for i, v in enumerate(args)]
+        run_named = {k: swap(("kwargs", k), v, False) for k, v in kwargs.items()}
+        output = func(*run, **run_named)
+        if not isinstance(output, Tensor):
+            return self._many_outputs(func, weights, output)
+        if not output.is_floating_point():
+            return _tag(output)
+        if output._is_view() and _origin(output) is output:
+            output = output.clone()
+        if not output.requires_grad:
+            output = output.detach().requires_grad_().clone()  # no leaf: it may change in place
+        if self.replaying:
+            self._refuse_reentrant(weights)
+        else:
+            kept = [swap(("args", i), v, True) for i, v in enumerate(args)]
+            kept_named = {k: swap(("kwargs", k), v, True) for k, v in kwargs.items()}
+            self._record(func, kept, kept_named, weights, output)
+        return _tag(output)
+
+    def _refuse_reentrant(self, weights: dict[Any, Weight]) -> None:
+        if self._blind:
+            names = ", ".join(sorted({n for w in weights.values() for n in w.parameters}))
+            raise CaptureError(
+                f"{names}: recomputed in the backward pass after a forward pass without gradients, "
+                f"as reentrant checkpointing does. Checkpoint with use_reentrant=False, or switch "
+                f"gradient checkpointing off while sketching."
+            )
+
+    # -- recording -----------------------------------------------------------------------------
+
+    def _record(
+        self, func: Any, args: Any, kwargs: Any, weights: dict[Any, Weight], output: Tensor
+    ) -> None:
+        step = self.steps.current
+        if step is None:
+            self._outside |= {n for w in weights.values() for n in w.parameters}
+            return
+        self._used.add(step)
+        versions = [(t, t._version) for t in _leaves((args, kwargs)) if _is_rowwise(t)]
+        use = Use(
+            func, tuple(args), kwargs, weights, step, self._size, self._sink, _is_rowwise,
+            torch.empty(0), versions,
+        )  # fmt: skip
+        self._unmade[id(use)] = use
+        origin, shape = _origin(output), output.shape
+
+        def receive(delta: Tensor) -> None:
+            if self._unmade.pop(id(use), None) is not None:
+                self._serve(replace(use, delta=delta.detach().reshape(shape)))
+                use.args, use.kwargs, use.versions = (), {}, []  # the graph keeps this closure
+
+        origin.register_hook(receive)
+
+    def _serve(self, use: Use) -> None:
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            use.check_unchanged()
+            rule = rules.find(use.function)
+            served = rule is not None and rule(use)
+            if not served:
+                generic_rule(use)
+        kind = rule.__name__ if served and rule is not None else "generic"
+        for weight in use.weights.values():
+            for name in weight.parameters:
+                self.served.setdefault(name, set()).add(kind.removesuffix("_rule"))
+
+    def _refuse_writes(self, func: Any, args: Any, kwargs: Any) -> None:
+        """An in-place operation that has no out-of-place twin here, or one with `out=`."""
+        name = str(getattr(func, "__name__", func))
+        writes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
+        if writes or kwargs.get("out") is not None:
+            found = [self._weights[id(t)] for t in _leaves((args, kwargs)) if id(t) in self._weights]
+            names = ", ".join(sorted({n for w in found for n in w.parameters}))
+            raise CaptureError(
+                f"{names}: '{name}' writes a parameter's values into an activation in place, which "
+                f"cannot be attributed. Use the out-of-place operation (torch.where, torch.cat)."
+            )
+
+    def _many_outputs(self, func: Any, weights: dict[Any, Weight], output: Any) -> Any:
+        names = ", ".join(sorted({n for w in weights.values() for n in w.parameters}))
+        if not any(t.is_floating_point() for t in _leaves(output)):
+            return output
+        raise CaptureError(
+            f"{names}: {getattr(func, '__name__', func)} returns several tensors, which cannot be "
+            f"attributed. Use a module made of single-output operations in its place."
+        )
+
+    def _carries_rows(self, tensor: Tensor) -> bool:
+        if id(tensor) in self._weights:
+            return False
+        return getattr(tensor, _ROWS, False) or tensor.requires_grad
+
+    # -- refusals ------------------------------------------------------------------------------
+
+    def refuse_after_forward(self, losses: Tensor) -> None:
+        """Refuse bodies that were never called, uses outside the body, and uses not seen."""
+        names = ", ".join(self._loop.names)
+        if self.steps.count == 0:
+            raise LoopError(
+                f"the body {names} was never called in the forward pass: expected at least one "
+                f"call. Name a module whose forward runs; sdi.find_loops(model, batch) lists them."
+            )
+        if self._outside:
+            raise CaptureError(
+                f"{', '.join(sorted(self._outside))}: used outside of the body as well (a tied "
+                f"head?), so its steps do not add up to its gradient. Choose a body that "
+                f"leaves it out, or freeze it with requires_grad_(False)."
+            )
+        if not losses.requires_grad:
+            raise CaptureError(
+                f"no gradient of the loss reaches the body {names}: every step ran detached or "
+                f"under no_grad. Run at least the last step with gradients."
+            )
+        unseen = sorted(_reachable(losses, self._names))
+        if unseen:
+            raise CaptureError(
+                f"{', '.join(unseen)}: used by an operation that cannot be seen (a custom autograd "
+                f"function or a fused kernel). Switch to the plain implementation of that module, "
+                f"or freeze the parameter with requires_grad_(False)."
+            )
+
+    def release(self) -> None:
+        """Drop what is held, uses that the loss does not depend on among it."""
+        self._unmade.clear()
+        self._weights.clear()
+        self._keep.clear()
+
+    def detached_steps(self) -> tuple[int, ...]:
+        """Steps whose every use ran without a gradient."""
+        return tuple(sorted(set(self._blind) - self._used))
+
+
+def _origin(output: Tensor) -> Tensor:
+    """Where to hook an output: its base if it is a plain reshape of it, else the output itself.
+
+    `F.linear` returns a view of its product. An in-place activation rewrites the view's history,
+    and a hook on it would never be called; the base keeps its own.
+    """
+    base = output._base
+    whole = base is not None and base.numel() == output.numel() and base.grad_fn is not None
+    whole = whole and base is not None and base.is_contiguous() and output.is_contiguous()
+    return base if whole and base is not None else output
+
+
+def _tag(output: Any) -> Any:
+    for tensor in _leaves(output):
+        setattr(tensor, _ROWS, True)
+    return output
+
+
+def _reachable(losses: Tensor, names: dict[int, str]) -> set[str]:
+    """Names of the parameters at the leaves of the loss's graph."""
+    found: set[str] = set()
+    seen: set[Any] = set()
+    todo = [losses.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) in names:
+            found.add(names[id(variable)])
+        todo.extend(parent for parent, _ in node.next_functions)
+    return found
+
+
+def _is_composite(func: Any) -> bool:
+    """A function of torch.nn.functional that is written in Python."""
+    return isinstance(func, types.FunctionType) and func.__module__ == F.__name__
+
+
+def _entered(func: types.FunctionType) -> types.FunctionType:
+    """A copy of a composite function that does not dispatch itself, so its inner calls are seen."""
+    off = {
+        name: (lambda *_: False)
+        for name in func.__globals__
+        if name.startswith("has_torch_function")
+    }
+    scope = {**func.__globals__, **off}
+    copy = types.FunctionType(
+        func.__code__, scope, func.__name__, func.__defaults__, func.__closure__
+    )
+    copy.__kwdefaults__ = func.__kwdefaults__
+    return copy

@@ -1,0 +1,1 @@
+"""Estimators of step gradients: exact ones for small models and tests, sketched ones for use."""

@@ -1,0 +1,216 @@
+"""Which modules are the loop body, and which call of them is which step.
+
+Steps are calls of the body in the order of time. For one module a step is one call. For a list of
+modules looped in Python (the list itself is never called) a step is one pass and begins when the
+member that was called first is called again. In an untied model every member is a step of its own,
+with weights of its own.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from sdi.errors import LoopError
+
+Body = str | nn.Module | Sequence[str | nn.Module]
+
+_WRAPPERS = ("module.", "_orig_mod.")
+
+
+def canonical(name: str) -> str:
+    """A parameter's name without the prefixes that DataParallel and torch.compile add."""
+    parts = [part for part in name.split(".") if f"{part}." not in _WRAPPERS]
+    return ".".join(parts) or name
+
+
+class Loop:
+    """A model and its loop body.
+
+    Args:
+        model: any `nn.Module`.
+        body: a module of it, its dotted name, or several. An `nn.ModuleList` that is looped in
+            Python stands for its members.
+        tied: True where the same weights are used at every step; False for an ordinary stack of
+            layers, where step t is the t-th member.
+
+    Raises:
+        LoopError: if the body is not part of the model, is empty, or has nothing to train.
+    """
+
+    def __init__(self, model: nn.Module, body: Body, *, tied: bool = True) -> None:
+        self.model = model
+        self.tied = tied
+        listed = [body] if isinstance(body, str | nn.Module) else list(body)
+        self.members: tuple[nn.Module, ...] = tuple(
+            member for item in listed for member in _expand(_resolve(model, item))
+        )
+        if not self.members:
+            raise LoopError("the loop body is empty: expected at least one module that is called")
+        paths = {id(module): canonical(name) for name, module in model.named_modules()}
+        self.names: tuple[str, ...] = tuple(paths[id(member)] for member in self.members)
+        if not self.parameters():
+            raise LoopError(
+                f"no parameter of the body {', '.join(self.names)} requires a gradient: frozen "
+                f"weights have no influence. Call requires_grad_() on those that train."
+            )
+
+    def all_parameters(self) -> dict[str, nn.Parameter]:
+        """Canonical name → parameter of the body, frozen ones too; a shared one appears once."""
+        inside = {id(p) for member in self.members for p in member.parameters()}
+        found: dict[int, tuple[str, nn.Parameter]] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if id(parameter) in inside and id(parameter) not in found:
+                found[id(parameter)] = (canonical(name), parameter)
+        return dict(found.values())
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Canonical name → parameter of the body that requires a gradient, each once."""
+        return {name: p for name, p in self.all_parameters().items() if p.requires_grad}
+
+    def coverage(self) -> dict[str, Any]:
+        """Counts for the manifest: parameters attributed, frozen, and their share."""
+        every, trained = self.all_parameters(), self.parameters()
+        total = sum(p.numel() for p in every.values())
+        attributed = sum(p.numel() for p in trained.values())
+        return {
+            "parameters": total,
+            "attributed": attributed,
+            "share": attributed / total,
+            "frozen": sorted(set(every) - set(trained)),
+        }
+
+    def fingerprint(self) -> str:
+        """Hex digest of what the sketches assume of the model: names and shapes of the body."""
+        digest = hashlib.sha256(repr((self.names, self.tied)).encode())
+        for name, parameter in sorted(self.all_parameters().items()):
+            digest.update(repr((name, tuple(parameter.shape), parameter.requires_grad)).encode())
+        return digest.hexdigest()
+
+
+def _resolve(model: nn.Module, item: str | nn.Module) -> nn.Module:
+    modules = dict(model.named_modules())
+    if isinstance(item, nn.Module):
+        if not any(item is module for module in modules.values()):
+            raise LoopError(f"the body {type(item).__name__} is not a module of the model")
+        return item
+    by_canonical = {canonical(name): module for name, module in modules.items()}
+    if item in by_canonical:
+        return by_canonical[item]
+    close = difflib.get_close_matches(item, [name for name in by_canonical if name], n=1)
+    hint = f"; the nearest name is '{close[0]}'" if close else ""
+    raise LoopError(f"the model has no module named '{item}'{hint}")
+
+
+def _expand(module: nn.Module) -> list[nn.Module]:
+    if isinstance(module, nn.ModuleList):
+        return [part for child in module for part in _expand(child)]
+    if isinstance(module, nn.ModuleDict):
+        return [part for child in module.values() for part in _expand(child)]
+    return [module]
+
+
+class StepCounter:
+    """Numbers the steps of one forward pass from the calls of the body's members.
+
+    `current` is the zero-based step while a member runs, else None.
+    """
+
+    def __init__(self, loop: Loop) -> None:
+        self._loop = loop
+        self._index = {id(member): i for i, member in enumerate(loop.members)}
+        self._stack: list[int | None] = []
+        self._first: int | None = None
+        self.current: int | None = None
+        self.count = 0
+
+    def enter(self, module: nn.Module) -> None:
+        """A member begins: settle which step this call belongs to."""
+        self._stack.append(self.current)
+        if self.current is not None:
+            return
+        member = self._index[id(module)]
+        if not self._loop.tied:
+            self.current = member
+            self.count = max(self.count, member + 1)
+            return
+        if self._first is None:
+            self._first = member
+        if member == self._first:
+            self.count += 1
+        self.current = self.count - 1
+
+    def leave(self) -> None:
+        """A member ends."""
+        self.current = self._stack.pop()
+
+
+@dataclass(frozen=True)
+class LoopCandidate:
+    """A module that one forward pass calls more than once.
+
+    Attributes:
+        name: dotted name.
+        kind: class name.
+        calls: how often it was called.
+        parameters: how many parameters it holds.
+    """
+
+    name: str
+    kind: str
+    calls: int
+    parameters: int
+
+
+def find_loops(
+    model: nn.Module,
+    batch: Any,
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+) -> list[LoopCandidate]:
+    """Modules with parameters that one forward pass calls more than once, outermost first.
+
+    Args:
+        model: any module; it is run once under no_grad, in its present mode.
+        batch: a mapping (passed as keyword arguments), a tuple (positional) or one tensor.
+        forward: how to run the model on the batch, where the above does not fit.
+
+    Modules whose parent is called as often, and which are therefore part of the same body, are
+    left out.
+    """
+    names = {id(module): canonical(name) for name, module in model.named_modules()}
+    calls: dict[int, int] = {}
+    kept = {id(module): module for module in model.modules()}
+
+    def count(module: nn.Module, _args: Any) -> None:
+        calls[id(module)] = calls.get(id(module), 0) + 1
+
+    handles = [module.register_forward_pre_hook(count) for module in kept.values()]
+    try:
+        with torch.no_grad():
+            _run(model, batch, forward)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found: list[LoopCandidate] = []
+    repeated = {names[k]: n for k, n in calls.items() if n > 1}
+    for identity, number in calls.items():
+        size = sum(p.numel() for p in kept[identity].parameters())
+        name = names[identity]
+        parents = [".".join(name.split(".")[:i]) for i in range(1, name.count(".") + 1)]
+        if number > 1 and size and not any(repeated.get(p) == number for p in parents):
+            found.append(LoopCandidate(name, type(kept[identity]).__name__, number, size))
+    return sorted(found, key=lambda c: -c.parameters * c.calls)
+
+
+def _run(model: nn.Module, batch: Any, forward: Callable[[nn.Module, Any], Any] | None) -> Any:
+    if forward is not None:
+        return forward(model, batch)
+    if isinstance(batch, dict):
+        return model(**{k: v for k, v in batch.items() if k != "labels"})
+    return model(*batch) if isinstance(batch, tuple | list) else model(batch)

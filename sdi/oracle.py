@@ -1,0 +1,105 @@
+"""Per-row autograd: the slow definition of a step gradient, independent of capture.
+
+Each row runs alone. Whenever the body is called, its parameters are replaced by fresh aliases that
+belong to that step, so autograd's own gradient of the alias is φ_step. No torch function is
+intercepted and no rule is involved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sdi.capture import Loss
+from sdi.loop import Loop, StepCounter
+
+Aliases = dict[int, dict[str, Tensor]]
+
+
+def step_gradients(
+    loop: Loop, row: Any, loss: Loss, names: list[str]
+) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+    """Step gradients and the total gradient of one row.
+
+    Args:
+        loop: model and body.
+        row: a batch of one.
+        loss: (model, batch) → (1,).
+        names: the parameters wanted.
+
+    Returns:
+        A list with one dict (name → gradient) a step, and the total by plain autograd, from a
+        forward pass of its own in which nothing is replaced.
+    """
+    parameters = loop.parameters()
+    wanted = {name: parameters[name] for name in names}
+    with torch.compiler.set_stance("force_eager"), torch.enable_grad():
+        with _aliased(loop, wanted) as (aliases, counter):
+            value = loss(loop.model, row).sum()
+        flat = [(s, n, a) for s, by_name in aliases.items() for n, a in by_name.items()]
+        found = torch.autograd.grad(value, [a for _, _, a in flat], allow_unused=True)
+        total_loss = loss(loop.model, row).sum()
+        totals = torch.autograd.grad(total_loss, list(wanted.values()), allow_unused=True)
+    steps: list[dict[str, Tensor]] = [
+        {n: torch.zeros_like(p) for n, p in wanted.items()} for _ in range(counter.count)
+    ]
+    for (step, name, _), gradient in zip(flat, found, strict=True):
+        if gradient is not None:
+            steps[step][name] = gradient
+    zero = {n: torch.zeros_like(p) for n, p in wanted.items()}
+    total = {n: zero[n] if g is None else g for n, g in zip(wanted, totals, strict=True)}
+    return steps, total
+
+
+@contextmanager
+def _aliased(loop: Loop, wanted: dict[str, nn.Parameter]) -> Iterator[tuple[Aliases, StepCounter]]:
+    """While active, a member's call sees the aliases of its step in place of its parameters."""
+    names = {id(p): name for name, p in wanted.items()}
+    places = [
+        (module, key, p, names[id(p)])
+        for member in loop.members
+        for module in member.modules()
+        for key, p in module._parameters.items()
+        if p is not None and id(p) in names
+    ]
+    unique = {(id(m), key): (m, key, p, name) for m, key, p, name in places}.values()
+    aliases: Aliases = {}
+    counter = StepCounter(loop)
+    depth = 0
+
+    def swap_in(module: nn.Module, _args: Any) -> None:
+        nonlocal depth
+        counter.enter(module)
+        depth += 1
+        step = counter.current
+        assert step is not None
+        if step not in aliases:
+            aliases[step] = {n: p.detach().clone().requires_grad_() for n, p in wanted.items()}
+        for owner, key, _, name in unique:
+            owner._parameters[key] = aliases[step][name]  # type: ignore[assignment]
+
+    def swap_out(_module: nn.Module, _args: Any, _output: Any) -> None:
+        nonlocal depth
+        counter.leave()
+        depth -= 1
+        if depth == 0:
+            restore()
+
+    def restore() -> None:
+        for owner, key, parameter, _ in unique:
+            owner._parameters[key] = parameter
+
+    handles: list[Any] = []
+    for member in loop.members:
+        handles.append(member.register_forward_pre_hook(swap_in, prepend=True))
+        handles.append(member.register_forward_hook(swap_out, always_call=True))
+    try:
+        yield aliases, counter
+    finally:
+        restore()
+        for handle in handles:
+            handle.remove()

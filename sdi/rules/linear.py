@@ -1,0 +1,56 @@
+"""Matrix products: the gradient of the weight is Σ_n δ ⊗ a."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sdi.rules.use import Use, Weight
+from sdi.shapes import rows_first
+
+
+def linear_rule(use: Use) -> bool:
+    """`F.linear(input, weight (R, C), bias (R,))`; false where the weight is no plain matrix."""
+    inputs, weight, bias = use.argument(0, "input"), use.weight(1, "weight"), use.weight(2, "bias")
+    if use.weight(0, "input") is not None or not use.is_rowwise(inputs):
+        return False
+    if weight is not None and weight.tensor.ndim != 2:
+        return False
+    delta = rows_first(use.delta, use.batch, use.label)
+    if weight is not None:
+        weight.emit_outer(use.sink, use.step, delta, rows_first(inputs, use.batch, use.label))
+    if bias is not None:
+        bias.emit(use.sink, use.step, delta.sum(dim=1))
+    return True
+
+
+def matmul_rule(use: Use) -> bool:
+    """`x @ W` with W (R, C): the gradient is Σ_n x ⊗ δ. Anything else is left to others."""
+    weight = use.weight(1, "other") or use.weight(1, "mat2")
+    if use.weight(0, "input") is not None:
+        return False
+    return _product(use, use.argument(0, "input"), weight)
+
+
+def addmm_rule(use: Use) -> bool:
+    """`addmm(bias, x, W)` with β = α = 1, as in GPT-2's Conv1D."""
+    bias, inputs = use.weight(0, "input"), use.argument(1, "mat1")
+    weight = use.weight(2, "mat2")
+    if use.kwargs.get("beta", 1) != 1 or use.kwargs.get("alpha", 1) != 1:
+        return False
+    if use.weight(1, "mat1") is not None or (bias is not None and bias.tensor.ndim != 1):
+        return False
+    if weight is not None and not _product(use, inputs, weight):
+        return False
+    if bias is not None:
+        bias.emit(use.sink, use.step, rows_first(use.delta, use.batch, use.label).sum(dim=1))
+    return True
+
+
+def _product(use: Use, inputs: Tensor, weight: Weight | None) -> bool:
+    if weight is None or weight.tensor.ndim != 2 or inputs.ndim < 2:
+        return False
+    if not use.is_rowwise(inputs):
+        return False
+    left = rows_first(inputs, use.batch, use.label)
+    weight.emit_outer(use.sink, use.step, left, rows_first(use.delta, use.batch, use.label))
+    return True

@@ -1,0 +1,113 @@
+"""One recorded use: an operation in which a body parameter met the activations of a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdi.errors import CaptureError
+from sdi.sinks import Sink
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A body parameter, or something computed from body parameters alone, as an operand.
+
+    Attributes:
+        tensor: the operand; on autograd's graph down to the parameters where it is derived.
+        name: canonical name where it is a parameter, else None.
+        transposed: whether it is the plain transpose of the 2-D parameter `name`.
+        parameters: name → parameter, all that it was computed from.
+    """
+
+    tensor: Tensor
+    name: str | None
+    transposed: bool
+    parameters: dict[str, Tensor]
+
+    def emit(self, sink: Sink, step: int, gradient: Tensor) -> None:
+        """Hand on per-example gradients of this operand, (B, *shape), pulled back where derived."""
+        if self.name is not None:
+            gradient = gradient.transpose(1, 2) if self.transposed else gradient
+            sink.dense(self.name, step, gradient)
+            return
+        pulled = torch.autograd.grad(
+            self.tensor,
+            list(self.parameters.values()),
+            gradient.to(self.tensor.dtype),
+            is_grads_batched=True,
+            retain_graph=True,
+            allow_unused=True,
+        )
+        for name, value in zip(self.parameters, pulled, strict=True):
+            if value is not None:
+                sink.dense(name, step, value)
+
+    def emit_outer(self, sink: Sink, step: int, left: Tensor, right: Tensor) -> None:
+        """Hand on Σ_n left (B, n, R) ⊗ right (B, n, C), the gradient of this 2-D operand."""
+        if self.name is None:
+            self.emit(sink, step, left.transpose(1, 2) @ right)
+        elif self.transposed:
+            sink.outer(self.name, step, right, left)
+        else:
+            sink.outer(self.name, step, left, right)
+
+
+@dataclass
+class Use:
+    """A use and, once the backward pass reached it, the gradient of its output.
+
+    Attributes:
+        function: the torch function.
+        args, kwargs: its operands, weights detached.
+        weights: position or keyword → the weight that stood there; ("args", i) or ("kwargs", key),
+            and ("args", (i, j)) for the j-th of a list.
+        step: zero-based step.
+        batch: B.
+        output: shape of the output.
+        delta: gradient of Σ_b ℓ_b with respect to the output.
+        versions: versions of the tensor operands when they were used.
+        sink: receives the gradients.
+        is_rowwise: whether an operand carries rows of the batch.
+    """
+
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    weights: dict[tuple[str, Any], Weight]
+    step: int
+    batch: int
+    sink: Sink
+    is_rowwise: Callable[[Any], bool]
+    delta: Tensor
+    versions: list[tuple[Tensor, int]]
+
+    @property
+    def label(self) -> str:
+        """The parameters and the operation, for errors."""
+        names = sorted({n for w in self.weights.values() for n in w.parameters})
+        return f"{', '.join(names)} in {getattr(self.function, '__name__', self.function)}"
+
+    def argument(self, position: int, keyword: str, default: Any = None) -> Any:
+        """An operand by position or keyword."""
+        if len(self.args) > position:
+            return self.args[position]
+        return self.kwargs.get(keyword, default)
+
+    def weight(self, position: int, keyword: str) -> Weight | None:
+        """The weight at that operand, if one stood there."""
+        return self.weights.get(("args", position)) or self.weights.get(("kwargs", keyword))
+
+    def check_unchanged(self) -> None:
+        """Refuse where an operand was modified in place after the use."""
+        for tensor, version in self.versions:
+            if tensor._version != version:
+                raise CaptureError(
+                    f"{self.label}: an activation of shape {tuple(tensor.shape)} was modified in "
+                    f"place after it was used, so its gradient cannot be had. Make the in-place "
+                    f"operation out of place."
+                )

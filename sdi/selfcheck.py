@@ -1,0 +1,232 @@
+"""The check at the start of every run: a few rows of the first batch against per-row autograd."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdi.capture import capture
+from sdi.errors import LoopError, SelfCheckError
+from sdi.estimators.sketched import Sketcher
+from sdi.losses import check_losses
+from sdi.oracle import step_gradients
+from sdi.part import Part
+from sdi.sinks import ExactSink
+from sdi.sketch.reference import sketch_of_gradient
+
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+LOOSE = 2e-2  # bf16 and fp16: rows alone and rows together round differently
+
+
+@dataclass(frozen=True)
+class SelfCheck:
+    """What was compared, and how well it agreed.
+
+    Attributes:
+        rows: ids of the rows compared.
+        steps: number of steps.
+        parameters: how many parameters were compared, of `of`.
+        of: how many the body has.
+        worst: largest relative error of a step gradient, over max(‖step‖, 1e-6‖total‖).
+        worst_at: "parameter, step" where that was.
+        conservation: largest relative error of Σ_t φ_t against plain autograd.
+        sketch: largest relative error of a sketch against the sketch of the exact gradient; None
+            where time did not allow all parameters.
+        seconds: what it took.
+    """
+
+    rows: tuple[str, ...]
+    steps: int
+    parameters: int
+    of: int
+    worst: float
+    worst_at: str
+    conservation: float
+    sketch: float | None
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the manifest."""
+        return asdict(self)
+
+
+def self_check(
+    sketcher: Sketcher,
+    batch: Any,
+    ids: Sequence[str],
+    rows: int = 2,
+    *,
+    seconds: float = 10.0,
+    memory: int = 512 << 20,
+) -> SelfCheck:
+    """Compare a few rows of a batch with per-row autograd, parameter group by parameter group.
+
+    Args:
+        sketcher: the estimator that is about to be used.
+        batch: its first batch, B rows; tensors have the row axis first.
+        ids: the B ids.
+        rows: how many rows to compare, spread over the batch.
+        seconds: stop after this long; at least one group is compared.
+        memory: bytes that the exact gradients of a group may take.
+
+    Raises:
+        SelfCheckError: at a mismatch; names the parameter, the step and the error.
+        LoopError: where the body runs once only, so that there is no loop to resolve.
+    """
+    begin, ids = time.monotonic(), tuple(ids)
+    part = sketcher(batch, ids)
+    _refuse_single_step(sketcher, part)
+    chosen = sorted({round(i * (len(ids) - 1) / max(1, rows - 1)) for i in range(rows)})
+    state = _Comparison(sketcher, part, chosen)
+    groups = list(_groups(sketcher, len(part.steps) * len(chosen), memory))
+    done = 0
+    for group in groups:
+        state.compare(batch, group)
+        done += len(group)
+        if time.monotonic() - begin > seconds:
+            break
+    sketch = state.sketch_error() if done == len(sketcher.shapes) else None
+    return SelfCheck(
+        tuple(ids[i] for i in chosen), len(part.steps), done, len(sketcher.shapes), state.worst,
+        state.worst_at, state.conservation, sketch, time.monotonic() - begin,
+    )  # fmt: skip
+
+
+def _refuse_single_step(sketcher: Sketcher, part: Part) -> None:
+    if len(part.steps) < 2:
+        raise LoopError(
+            f"the body {', '.join(sketcher.loop.names)} was called once: expected a loop of two "
+            f"steps or more. Name the module that is called repeatedly (sdi.find_loops lists "
+            f"them), or use tied=False for an ordinary stack of layers."
+        )
+
+
+def _groups(sketcher: Sketcher, copies: int, memory: int) -> Iterator[list[str]]:
+    """Names in groups whose exact gradients fit into `memory`, at least one a group."""
+    group: list[str] = []
+    size = 0
+    for name, shape in sketcher.shapes.items():
+        need = 8 * copies * torch.Size(shape).numel()
+        if group and size + need > memory:
+            yield group
+            group, size = [], 0
+        group.append(name)
+        size += need
+    yield group
+
+
+class _Comparison:
+    """Running maxima over the groups, and the sketch of the oracle's gradients."""
+
+    def __init__(self, sketcher: Sketcher, part: Part, rows: list[int]) -> None:
+        self._sketcher, self._part, self._rows = sketcher, part, rows
+        dtype = next(iter(sketcher.loop.parameters().values())).dtype
+        self._tolerance = TOLERANCE.get(dtype, LOOSE)
+        shape = (len(rows), len(part.steps), sketcher.dim)
+        self._reference = torch.zeros(shape, dtype=torch.float64)
+        self.worst, self.worst_at, self.conservation = 0.0, "", 0.0
+
+    def compare(self, batch: Any, names: list[str]) -> None:
+        """Compare one group of parameters."""
+        sketcher, rows = self._sketcher, self._rows
+        loop, loss = sketcher.loop, sketcher.loss
+        sink = ExactSink({n: sketcher.shapes[n] for n in names}, rows)
+        wanted = _Only(sink, set(names))
+        ids = self._part.ids
+        capture(loop, batch, loss, wanted, len(ids), lambda losses: check_losses(losses, ids))
+        for at, row in enumerate(rows):
+            steps, total = step_gradients(loop, _row(batch, row, len(ids)), loss, names)
+            if len(steps) > len(self._part.steps):
+                raise SelfCheckError(
+                    f"row {ids[row]} alone runs {len(steps)} steps, in its batch "
+                    f"{len(self._part.steps)}: the depth depends on the batch. Fix the number of "
+                    f"steps while sketching, or use batches of one row."
+                )
+            for name in names:
+                ours = [sink.gradients.get((name, s)) for s in range(len(steps))]
+                mine = [torch.zeros_like(total[name]) if g is None else g[at] for g in ours]
+                self._judge(at, name, mine, [s[name] for s in steps], total[name])
+
+    def _judge(
+        self, at: int, name: str, ours: list[Tensor], theirs: list[Tensor], total: Tensor
+    ) -> None:
+        wide = [t.double() for t in theirs]
+        scale = float(total.double().norm())
+        largest = max([scale, *(float(t.norm()) for t in wide)])
+        factor = self._sketcher.scales.get(name, 1.0)
+        for step, (mine, true) in enumerate(zip(ours, wide, strict=True)):
+            sketch = sketch_of_gradient(self._sketcher.hashing, name, true * factor)
+            self._reference[at, step] += sketch
+            floor = max(float(true.norm()), 1e-6 * scale, 1e-6 * largest, 1e-12)
+            error = float((mine.double() - true).norm()) / floor
+            if error > self.worst:
+                self.worst, self.worst_at = error, f"{name}, step {step + 1}"
+            if not error <= self._tolerance:
+                raise SelfCheckError(
+                    f"the step gradient of {name} at step {step + 1} differs from per-row autograd "
+                    f"by {error:.2g} for row {self._part.ids[self._rows[at]]} (expected below "
+                    f"{self._tolerance:g}). Causes: dropout left on (call model.eval()), rows that "
+                    f"influence each other (batch norm, a loss averaged over the batch), a batch "
+                    f"axis that is not first, or random states."
+                )
+        gap = float((torch.stack(wide).sum(dim=0) - total.double()).norm()) / max(largest, 1e-12)
+        self.conservation = max(self.conservation, gap)
+        if not gap <= self._tolerance:
+            raise SelfCheckError(
+                f"the steps of {name} do not add up to its gradient: {gap:.2g} of it is missing "
+                f"(expected below {self._tolerance:g}). The parameter is used outside of the body, "
+                f"or the loss is random (dropout: call model.eval())."
+            )
+
+    def sketch_error(self) -> float:
+        """Relative error of the sketches against the sketches of the oracle's gradients."""
+        ours = self._part.values[self._rows].double().cpu()
+        total = self._reference.sum(dim=1).norm(dim=1)[:, None]
+        floor = torch.maximum(self._reference.norm(dim=2), 1e-6 * total).clamp_min(1e-12)
+        error = float(((ours - self._reference).norm(dim=2) / floor).max())
+        if not error <= self._tolerance:
+            raise SelfCheckError(
+                f"the sketches differ from the sketches of the exact gradients by {error:.2g} "
+                f"(expected below {self._tolerance:g}). This is a defect: please report it."
+            )
+        return error
+
+
+class _Only:
+    """Passes on the contributions of some parameters."""
+
+    def __init__(self, sink: ExactSink, names: set[str]) -> None:
+        self._sink, self._names = sink, names
+
+    def outer(self, name: str, step: int, left: Tensor, right: Tensor) -> None:
+        """See `Sink.outer`."""
+        if name in self._names:
+            self._sink.outer(name, step, left, right)
+
+    def rows(self, name: str, step: int, index: Tensor, right: Tensor) -> None:
+        """See `Sink.rows`."""
+        if name in self._names:
+            self._sink.rows(name, step, index, right)
+
+    def dense(self, name: str, step: int, gradient: Tensor) -> None:
+        """See `Sink.dense`."""
+        if name in self._names:
+            self._sink.dense(name, step, gradient)
+
+
+def _row(batch: Any, row: int, size: int) -> Any:
+    """Row `row` of a batch as a batch of one; tensors without a row axis stay as they are."""
+    if isinstance(batch, Tensor):
+        return batch[row : row + 1] if batch.ndim and batch.shape[0] == size else batch
+    if isinstance(batch, dict):
+        return {key: _row(value, row, size) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(_row(value, row, size) for value in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(_row(value, row, size) for value in batch)
+    return batch

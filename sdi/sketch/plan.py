@@ -1,0 +1,88 @@
+"""The hashes of one parameter: which bucket and sign each of its entries has.
+
+A matrix (R, C) has TensorSketch hashes, bucket (h_out(i) + h_in(j)) mod M and sign
+s_out(i)·s_in(j) (Pham & Pagh 2013), with h_out contiguous and h_in drawn without replacement, so
+that up to max(R, C) = M no two entries of one row or one column collide. Any other shape has a
+CountSketch over its flattened entries (Charikar et al. 2002), without replacement as well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sdi import hashes
+
+
+@dataclass(frozen=True)
+class MatrixPlan:
+    """TensorSketch hashes of an (R, C) matrix.
+
+    Attributes:
+        dim: M.
+        row_bucket: (R,) int64, h_out; contiguous modulo M within each block of M rows.
+        row_sign: (R,) float32.
+        column_bucket: (C,) int64, h_in; a permutation within each block of M columns.
+        column_sign: (C,) float32.
+    """
+
+    dim: int
+    row_bucket: Tensor
+    row_sign: Tensor
+    column_bucket: Tensor
+    column_sign: Tensor
+
+    def buckets(self) -> Tensor:
+        """(R, C) int64, the bucket of every entry."""
+        return (self.row_bucket[:, None] + self.column_bucket[None, :]) % self.dim
+
+
+@dataclass(frozen=True)
+class VectorPlan:
+    """CountSketch hashes of D entries: `bucket` (D,) int64 and `sign` (D,) float32, M = `dim`."""
+
+    dim: int
+    bucket: Tensor
+    sign: Tensor
+
+
+Plan = MatrixPlan | VectorPlan
+
+
+@dataclass(frozen=True)
+class Hashing:
+    """What the hashes of every parameter depend on, besides its name and shape."""
+
+    dim: int
+    seed: int
+    checkpoint: str
+
+    def plan(self, name: str, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Plan:
+        """The hashes of the parameter `name` of the given shape."""
+
+        def stream(role: str) -> int:
+            return hashes.key(self.seed, hashes.SKETCH_VERSION, self.checkpoint, name, role)
+
+        def on(array: np.ndarray[Any, Any]) -> Tensor:
+            return torch.from_numpy(array).to(device)
+
+        without = hashes.buckets_without_replacement
+        if len(shape) == 2:
+            rows, columns = shape
+            return MatrixPlan(
+                self.dim,
+                on(hashes.contiguous_buckets(stream("out"), rows, self.dim)),
+                on(hashes.signs(stream("out-sign"), rows)),
+                on(without(stream("in"), columns, self.dim)),
+                on(hashes.signs(stream("in-sign"), columns)),
+            )
+        size = int(np.prod(shape, dtype=np.int64))
+        return VectorPlan(
+            self.dim,
+            on(without(stream("flat"), size, self.dim)),
+            on(hashes.signs(stream("flat-sign"), size)),
+        )
