@@ -36,6 +36,7 @@ from torch.overrides import TorchFunctionMode
 from sdi import rules
 from sdi.errors import CaptureError, LoopError
 from sdi.loop import Loop, StepCounter
+from sdi.rules.elementwise import add_rule
 from sdi.rules.generic import generic_rule
 from sdi.rules.use import Use, Weight
 from sdi.sinks import Sink
@@ -95,8 +96,9 @@ def capture(
         check(losses)
         mode.refuse_after_forward(losses)
         mode.replaying = True
-        with mode:
-            losses.sum().backward()
+        total = losses.sum()
+        with mode:  # not Tensor.backward: that is a torch call itself, and would hide what follows
+            torch.autograd.backward(total)
         mode.release()
     return Trace(losses.detach(), mode.steps.count, mode.detached_steps(), mode.served)
 
@@ -225,7 +227,8 @@ class _CaptureMode(TorchFunctionMode):
     def _derive(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A function of parameters and constants alone: its result is a weight."""
         parents = [self._weights[id(t)] for t in _leaves((args, kwargs)) if id(t) in self._weights]
-        output = func(*args, **kwargs)
+        with torch.autograd.graph.saved_tensors_hooks(_same, _same):
+            output = func(*args, **kwargs)  # kept out of checkpointing, to be pulled back at once
         parameters = {name: p for w in parents for name, p in w.parameters.items()}
         for tensor in _leaves(output):
             if tensor.is_floating_point() and tensor.requires_grad:
@@ -241,7 +244,7 @@ class _CaptureMode(TorchFunctionMode):
     def _use(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A parameter meets activations: run with the weights detached, and hook the output."""
         if func in _IN_PLACE:
-            result = self._use(_IN_PLACE[func], args, kwargs)
+            result = self._use(_IN_PLACE[func], (_tag(args[0].clone()), *args[1:]), kwargs)
             return _tag(args[0].copy_(result))
         self._refuse_writes(func, args, kwargs)
         weights: dict[tuple[str, Any], Weight] = {}
@@ -314,8 +317,9 @@ class _CaptureMode(TorchFunctionMode):
 
     def _serve(self, use: Use) -> None:
         with torch.no_grad(), torch._C.DisableTorchFunction():
-            use.check_unchanged()
             rule = rules.find(use.function)
+            if rule is not add_rule:  # a sum's gradient needs no operand
+                use.check_unchanged()
             served = rule is not None and rule(use)
             if not served:
                 generic_rule(use)
@@ -388,6 +392,10 @@ class _CaptureMode(TorchFunctionMode):
     def detached_steps(self) -> tuple[int, ...]:
         """Steps whose every use ran without a gradient."""
         return tuple(sorted(set(self._blind) - self._used))
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _origin(output: Tensor) -> Tensor:

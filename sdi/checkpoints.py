@@ -199,7 +199,10 @@ def _resolve(entry: Path | str | Mapping[str, object]) -> list[Checkpoint]:
             f"a checkpoint entry has {sorted(options)}; expected path, and optionally weight, name"
         )
     text, weight, name = str(options["path"]), options.get("weight"), options.get("name")
-    places = [Path(text)] if Path(text).exists() else [Path(p) for p in glob(text, recursive=True)]
+    places = [Path(text)]
+    if not places[0].exists():
+        # Path.glob takes no absolute pattern.
+        places = [Path(match) for match in glob(text, recursive=True)]  # noqa: PTH207
     found = [place for path in sorted(places, key=_natural) for place in _expand(path)]
     if not found:
         raise CheckpointError(
@@ -234,8 +237,11 @@ def _default_name(path: Path) -> str:
 def _expand(path: Path) -> list[Path]:
     """Return the path itself if it is a checkpoint, else the checkpoints right inside it."""
     try:
-        weight_files(path)
-        return [path]
+        files = weight_files(path)
+        # A lone step-100.safetensors keeps its own name, so that it has the same one (and the
+        # same sketch) once step-200.safetensors has joined it.
+        numbered = len(files) == 1 and any(letter.isdigit() for letter in files[0].stem)
+        return [files[0]] if numbered else [path]
     except CheckpointError:
         if not path.is_dir():
             return []

@@ -25,7 +25,7 @@ from sdi.sketch.plan import MatrixPlan
 Method = Literal["auto", "outer", "fourier"]
 
 # Nanoseconds an operation on one core (AVX-512, 2.6 GHz); only their ratios matter.
-_PRODUCT, _ADD, _SCATTER, _FFT = 0.010, 0.15, 2.5, 0.35
+_PRODUCT, _ADD, _SCATTER, _FFT = 0.010, 1.0, 3.5, 0.3
 
 
 def choose(tokens: int, rows: int, columns: int, dim: int, device: str = "cpu") -> Method:

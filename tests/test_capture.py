@@ -1,0 +1,352 @@
+"""Captured step gradients against per-row autograd, and what is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import sdi
+from sdi.errors import CaptureError, LoopError, LossError, SelfCheckError, SpecError
+from tests.looped import Block, ListModel, LoopedModel, make, names, tokens
+
+
+def _checked(model: nn.Module, body: Any = "body", batch: Any = None, **options: Any) -> None:
+    """The self-check compares with per-row autograd and raises where a step differs by 1e-3."""
+    batch = batch or tokens()
+    loop = sdi.Loop(model, body, **options)
+    rows = len(batch["input_ids"])
+    report = sdi.self_check(sdi.Sketcher(loop, dim=128), batch, names(rows), rows=3)
+    assert report.worst < 1e-4 and report.conservation < 1e-4
+    assert report.sketch is not None and report.sketch < 1e-4
+    assert report.parameters == report.of
+
+
+class Custom(nn.Module):
+    """One body after a function of (module, x)."""
+
+    def __init__(self, run: Any, **parameters: nn.Parameter | nn.Module) -> None:
+        super().__init__()
+        self.run = run
+        for name, value in parameters.items():
+            setattr(self, name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self, x)
+
+
+def _w(*shape: int) -> nn.Parameter:
+    torch.manual_seed(len(shape) + sum(shape))
+    return nn.Parameter(torch.randn(shape) * 0.2)
+
+
+BODIES = {
+    "linear": lambda: Custom(lambda m, x: torch.tanh(m.a(x)), a=nn.Linear(16, 16)),
+    "linear called twice": lambda: Custom(lambda m, x: m.a(torch.tanh(m.a(x))), a=nn.Linear(16, 16)),
+    "matmul": lambda: Custom(lambda m, x: torch.tanh(x @ m.a), a=_w(16, 16)),
+    "matmul of a transpose": lambda: Custom(lambda m, x: x + x @ m.a.t(), a=_w(16, 16)),
+    "addmm on flattened rows": lambda: Custom(
+        lambda m, x: torch.tanh(torch.addmm(m.b, x.reshape(-1, 16), m.a)).view_as(x),
+        a=_w(16, 16), b=_w(16),
+    ),
+    "einsum": lambda: Custom(lambda m, x: torch.einsum("btd,de->bte", x, m.a), a=_w(16, 16)),
+    "rescaled weight": lambda: Custom(
+        lambda m, x: F.linear(x, m.a / m.a.norm(dim=1, keepdim=True)), a=_w(16, 16)
+    ),
+    "gate and bias": lambda: Custom(lambda m, x: x * torch.sigmoid(m.a) + m.b, a=_w(16), b=_w(1)),
+    "scalar gain": lambda: Custom(lambda m, x: x + m.a * x, a=_w()),
+    "in-place bias": lambda: Custom(lambda m, x: (x * 1.0).add_(m.a), a=_w(16)),
+    "in-place augmented": lambda: Custom(lambda m, x: _augmented(m, x), a=_w(16)),
+    "custom norm": lambda: Custom(
+        lambda m, x: m.a * (x / x.pow(2).mean(-1, keepdim=True).add(1e-5).sqrt()), a=_w(16)
+    ),
+    "where": lambda: Custom(lambda m, x: torch.where(x > 0, x, m.a * x), a=_w(16)),
+    "concatenated prefix": lambda: Custom(
+        lambda m, x: x + torch.cat([m.a.expand(len(x), 1, 16), x[:, 1:]], dim=1), a=_w(1, 1, 16)
+    ),
+    "conv1d": lambda: Custom(
+        lambda m, x: x + m.a(x.transpose(1, 2)).transpose(1, 2), a=nn.Conv1d(16, 16, 3, padding=1)
+    ),
+    "norm twice a step": lambda: Custom(lambda m, x: m.a(torch.tanh(m.a(x))), a=nn.LayerNorm(16)),
+    "prelu": lambda: Custom(lambda m, x: m.a(x), a=nn.PReLU()),
+    "bilinear": lambda: Custom(lambda m, x: torch.tanh(m.a(x, x)), a=nn.Bilinear(16, 16, 16)),
+    "block": lambda: Block(16),
+}
+
+
+def _augmented(module: Any, x: Tensor) -> Tensor:
+    y = x * 1.0
+    y += module.a
+    y *= module.a
+    return y
+
+
+@pytest.mark.parametrize("kind", BODIES)
+@pytest.mark.parametrize("rows", [1, 4, 7])
+def test_body_agrees_with_per_row_autograd(kind: str, rows: int) -> None:
+    """Every kind of body has exact step gradients and sketches, also where B equals T."""
+    torch.manual_seed(0)
+    _checked(make(BODIES[kind]()), batch=tokens(rows, 7))
+
+
+def test_list_of_layers_is_a_body() -> None:
+    """Layers looped in Python make one step a pass."""
+    torch.manual_seed(0)
+    model = ListModel().eval()
+    _checked(model)
+    assert sdi.Sketcher(sdi.Loop(model, "body"), dim=64)(tokens(), names(4)).steps == ("1", "2", "3")
+
+
+def test_untied_layers_are_steps_of_their_own() -> None:
+    """In an ordinary stack, step t is the gradient of the t-th layer."""
+    torch.manual_seed(0)
+    model = ListModel(layers=3, loops=1).eval()
+    _checked(model, tied=False)
+    exact = sdi.ExactGradients(sdi.Loop(model, "body", tied=False))(tokens(), names(4))
+    for name, place in exact.names.items():
+        own = int(name.split(".")[1])
+        for step in range(3):
+            assert bool((exact.values[:, step, place] != 0).any()) == (step == own) or (
+                "position" in name and step == own
+            )
+
+
+def test_gradient_checkpointing_keeps_the_steps() -> None:
+    """Recomputation in the backward pass, which runs from the last step on, changes nothing."""
+    torch.manual_seed(0)
+    inner = Block(16)
+    body = Custom(lambda m, x: checkpoint(m.a, x, use_reentrant=False), a=inner)
+    plain = sdi.Sketcher(sdi.Loop(make(Custom(lambda m, x: m.a(x), a=inner)), "body"), dim=64)
+    again = sdi.Sketcher(sdi.Loop(make(body), "body"), dim=64)
+    expected, got = plain(tokens(), names(4)), again(tokens(), names(4))
+    torch.testing.assert_close(got.values, expected.values)
+
+
+def test_reentrant_checkpointing_is_refused() -> None:
+    """Reentrant checkpointing hides the forward pass, so it is refused with the remedy."""
+    body = Custom(
+        lambda m, x: checkpoint(m.a, x.requires_grad_(), use_reentrant=True), a=nn.Linear(16, 16)
+    )
+    with pytest.raises(CaptureError, match="use_reentrant=False|no gradient"):
+        sdi.Sketcher(sdi.Loop(make(body), "body"), dim=64)(tokens(), names(4))
+
+
+def test_steps_without_gradient_keep_their_number() -> None:
+    """Truncated backpropagation: steps under no_grad are zero and named, not renumbered."""
+
+    class Truncated(LoopedModel):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+            x = self.embed(input_ids)
+            for step in range(4):
+                with torch.set_grad_enabled(step >= 2):
+                    x = self.body(x)
+            return self.head(x)
+
+    torch.manual_seed(0)
+    part = sdi.Sketcher(sdi.Loop(Truncated(Block(16)), "body"), dim=64)(tokens(), names(4))
+    assert part.steps == ("1", "2", "3", "4") and part.detached == ("1", "2")
+    assert (part.norms[:, :2] == 0).all() and (part.norms[:, 2:] > 0).all()
+
+
+class _Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x * w.square()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        return grads[0] * w.square(), (grads[0] * 2 * x * w).sum((0, 1))
+
+
+def test_custom_autograd_function_is_refused_by_name() -> None:
+    """A use inside a custom autograd function cannot be seen: refused, naming the parameter."""
+    body = Custom(lambda m, x: _Square.apply(x, m.a), a=_w(16))
+    with pytest.raises(CaptureError, match=r"body\.a: used by an operation that cannot be seen"):
+        sdi.Sketcher(sdi.Loop(make(body), "body"), dim=64)(tokens(), names(4))
+
+
+def test_tied_head_is_refused() -> None:
+    """A body weight that the head uses too has gradient outside of every step: refused."""
+
+    class Tied(LoopedModel):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+            x = self.embed(input_ids)
+            for _ in range(3):
+                x = self.body(x)
+            return x @ self.body.a
+
+    torch.manual_seed(0)
+    model = Tied(Custom(lambda m, x: torch.tanh(x @ m.a), a=_w(16, 16)), vocabulary=16)
+    with pytest.raises(CaptureError, match=r"body\.a: used outside of the body"):
+        sdi.Sketcher(sdi.Loop(model, "body"), dim=64)(tokens(vocabulary=16), names(4))
+
+
+@pytest.mark.parametrize("kind", ["dropout", "batch norm", "batch second", "multi-head attention"])
+def test_rows_that_cannot_be_told_apart_fail_the_self_check(kind: str) -> None:
+    """Dropout, batch norm and a batch axis in second place are stopped at the first batch."""
+    torch.manual_seed(0)
+    bodies = {
+        "dropout": Custom(lambda m, x: F.dropout(m.a(x), 0.5), a=nn.Linear(16, 16)),
+        "batch norm": Custom(
+            lambda m, x: m.b(m.a(x).transpose(1, 2)).transpose(1, 2),
+            a=nn.Linear(16, 16), b=nn.BatchNorm1d(16, track_running_stats=False),
+        ),
+        "batch second": Custom(
+            lambda m, x: torch.tanh(m.a(x.transpose(0, 1).contiguous())).transpose(0, 1),
+            a=nn.Linear(16, 16),
+        ),
+        "multi-head attention": Custom(  # puts the batch axis second inside
+            lambda m, x: x + m.a(x, x, x, need_weights=False)[0],
+            a=nn.MultiheadAttention(16, 2, batch_first=True),
+        ),
+    }  # fmt: skip
+    model = make(bodies[kind])
+    with pytest.raises((SelfCheckError, CaptureError)):
+        sdi.self_check(sdi.Sketcher(sdi.Loop(model, "body"), dim=64), tokens(4, 8), names(4))
+
+
+def test_model_is_left_as_it_was() -> None:
+    """Weights, mode, .grad, requires_grad and hooks are what they were, also after a failure."""
+    model = make()
+    model.train()
+    model.head.weight.requires_grad_(False)
+    kept = torch.ones_like(model.body.up.weight)
+    model.body.up.weight.grad = kept
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+
+    def broken(_model: nn.Module, _batch: Any) -> Tensor:
+        raise RuntimeError("stop")
+
+    sketcher = sdi.Sketcher(sdi.Loop(model, "body"), dim=64)
+    sketcher(tokens(), names(4))
+    sketcher.loss = broken
+    with pytest.raises(RuntimeError, match="stop"):
+        sketcher(tokens(), names(4))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]) and parameter.requires_grad == flags[name]
+        assert parameter.grad is (kept if name == "body.up.weight" else None)
+    assert model.training
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_order_batch_size_padding_and_company_change_nothing() -> None:
+    """A row's sketch is a function of the row: not of order, batch, padding or other parameters."""
+    model = make()
+    batch, ids = tokens(6), names(6)
+    sketcher = sdi.Sketcher(sdi.Loop(model, "body"), dim=256)
+    whole = dict(zip(ids, sketcher(batch, ids).values, strict=True))
+    order = [4, 1, 5, 0]
+    shuffled = sketcher({k: v[order] for k, v in batch.items()}, [ids[i] for i in order])
+    padded = {
+        "input_ids": F.pad(batch["input_ids"], (0, 3)),
+        "attention_mask": F.pad(batch["attention_mask"], (0, 3)),
+        "labels": F.pad(batch["labels"], (0, 3), value=-100),
+    }
+    for part in (shuffled, sketcher(padded, ids)):
+        for row, value in zip(part.ids, part.values, strict=True):
+            assert (value - whole[row]).norm() <= 1e-5 * whole[row].norm()
+    one = sdi.Sketcher(sdi.Loop(model, "body.up"), dim=256)(batch, ids).values
+    for p in model.body.parameters():
+        p.requires_grad_(False)
+    model.body.up.weight.requires_grad_(True)
+    model.body.up.bias.requires_grad_(True)
+    alone = sdi.Sketcher(sdi.Loop(model, "body"), dim=256)(batch, ids).values
+    torch.testing.assert_close(alone, one, rtol=1e-5, atol=1e-6)
+
+
+def test_different_learning_rates_enter_before_pooling() -> None:
+    """With a rate per group, an inner product weighs each parameter by η_p/η̄."""
+    model = make(Custom(lambda m, x: x + m.a(x), a=nn.Linear(16, 16)))
+    loop = sdi.Loop(model, "body")
+    exact = sdi.ExactGradients(loop)(tokens(), names(4))
+    rates = {"body.a.weight": 0.3, "body.a.bias": 0.01}
+    mean = (0.3 * 256 + 0.01 * 16) / 272
+    part = sdi.Sketcher(loop, dim=1 << 15, rates=rates)(tokens(), names(4))
+    expected = sum(
+        rates[n] / mean * exact.values[:, :, s].flatten(1).pow(2).sum(1)
+        for n, s in exact.names.items()
+    )
+    torch.testing.assert_close(part.values.flatten(1).pow(2).sum(1), expected, rtol=2e-2, atol=0)
+
+
+def test_conservation_against_a_separate_autograd_path() -> None:
+    """Σ_t SDI_t equals TracIn computed from plain per-row gradients."""
+    model = make()
+    loop = sdi.Loop(model, "body")
+    batch = tokens(4)
+    exact = sdi.ExactGradients(loop)(batch, names(4)).values
+    plain = []
+    for row in range(4):
+        one = {k: v[row : row + 1] for k, v in batch.items()}
+        loss = sdi.causal_lm_loss(model, one).sum()
+        found = torch.autograd.grad(loss, list(loop.parameters().values()))
+        plain.append(torch.cat([g.flatten() for g in found]))
+    stacked = torch.stack(plain)
+    sums = sdi.influence(exact[:2], exact[2:]).sum(dim=2)
+    torch.testing.assert_close(sums, (stacked[:2] @ stacked[2:].T).to(sums), rtol=1e-4, atol=1e-5)
+
+
+def test_scalar_and_nan_losses_are_refused() -> None:
+    """A mean over the batch cannot be undone; a NaN is named by its row's id."""
+    sketcher = sdi.Sketcher(sdi.Loop(make(), "body"), dim=64)
+    sketcher.loss = lambda model, batch: sdi.causal_lm_loss(model, batch).mean()
+    with pytest.raises(LossError):
+        sketcher(tokens(), names(4))
+    poison = torch.tensor([1.0, 1.0, float("nan"), 1.0])
+    sketcher.loss = lambda model, batch: sdi.causal_lm_loss(model, batch) * poison
+    with pytest.raises(LossError, match="r2"):
+        sketcher(tokens(), names(4))
+
+
+def test_bodies_that_are_no_loop() -> None:
+    """Never called, called once, unknown and frozen bodies each get their own message."""
+    model = make()
+    model.spare = nn.Linear(2, 2)
+    with pytest.raises(LoopError, match="never called"):
+        sdi.Sketcher(sdi.Loop(model, "spare"), dim=64)(tokens(), names(4))
+    with pytest.raises(LoopError, match="called once"):
+        sdi.self_check(sdi.Sketcher(sdi.Loop(model, "head"), dim=64), tokens(), names(4))
+    with pytest.raises(LoopError, match="nearest name is 'body'"):
+        sdi.Loop(model, "bodi")
+    model.spare.requires_grad_(False)
+    with pytest.raises(LoopError, match="requires a gradient"):
+        sdi.Loop(model, "spare")
+
+
+def test_find_loops_proposes_the_body() -> None:
+    """What is called more than once is found, the outermost module of it only."""
+    found = sdi.find_loops(make(), tokens())
+    assert [(c.name, c.calls) for c in found] == [("body", 3)]
+
+
+def test_duplicate_ids_are_refused() -> None:
+    """A row is its id, so one batch cannot hold it twice."""
+    with pytest.raises(SpecError, match="duplicate ids"):
+        sdi.Sketcher(sdi.Loop(make(), "body"), dim=64)(tokens(2), ["a", "a"])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own imports
+def test_wrapped_models_have_the_same_sketch() -> None:
+    """`module.` and `_orig_mod.` prefixes do not change a parameter's hash."""
+
+    class Wrapper(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, **inputs: Tensor) -> Tensor:
+            return self.module(**inputs)
+
+    model = make()
+    plain = sdi.Sketcher(sdi.Loop(model, "body"), dim=64)(tokens(), names(4))
+    loop = sdi.Loop(torch.compile(Wrapper(model)), "body")  # type: ignore[arg-type]
+    torch.testing.assert_close(
+        sdi.Sketcher(loop, dim=64)(tokens(), names(4)).values, plain.values
+    )
