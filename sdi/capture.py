@@ -43,9 +43,14 @@ from sdi.sinks import Sink
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
-_TRANSPOSES = {Tensor.t, torch.t, Tensor.T.__get__, Tensor.mT.__get__}
-_CONSTANTS = {Tensor.detach, torch.detach, Tensor.data.__get__}
-_IN_PLACE = {Tensor.__iadd__: Tensor.add, Tensor.__imul__: Tensor.mul, Tensor.__isub__: Tensor.sub}
+_GETTERS: Any = Tensor  # property objects, which the stubs declare as tensors
+_TRANSPOSES = {Tensor.t, torch.t, _GETTERS.T.__get__, _GETTERS.mT.__get__}
+_CONSTANTS = {Tensor.detach, torch.detach, _GETTERS.data.__get__}
+_IN_PLACE: dict[Any, Any] = {
+    Tensor.__iadd__: Tensor.add,
+    Tensor.__imul__: Tensor.mul,
+    Tensor.__isub__: Tensor.sub,
+}
 _IN_PLACE |= {Tensor.__itruediv__: Tensor.div, Tensor.add_: Tensor.add, Tensor.mul_: Tensor.mul}
 _IN_PLACE |= {Tensor.sub_: Tensor.sub, Tensor.div_: Tensor.div}
 _ROWS = "_sdi_rows"
@@ -69,7 +74,7 @@ class Trace:
 
 
 def capture(
-    loop: Loop, batch: Any, loss: Loss, sink: Sink, size: int, check: Callable[[Tensor], None]
+    loop: Loop, batch: Any, loss: Loss, sink: Sink, size: int, check: Callable[[Tensor], Any]
 ) -> Trace:
     """Run the loss forward and backward and hand every use of the body to the sink.
 
@@ -97,8 +102,8 @@ def capture(
         mode.refuse_after_forward(losses)
         mode.replaying = True
         total = losses.sum()
-        with mode:  # not Tensor.backward: that is a torch call itself, and would hide what follows
-            torch.autograd.backward(total)
+        with mode:  # entered: as a torch call of its own, backward would hide all recomputation
+            _entered(torch.autograd.backward)(total)
         mode.release()
     return Trace(losses.detach(), mode.steps.count, mode.detached_steps(), mode.served)
 
@@ -192,15 +197,13 @@ class _CaptureMode(TorchFunctionMode):
         self._unmade: dict[int, Use] = {}
         self._makers: dict[Any, Any] = {}
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         weights = [t for t in _leaves((args, kwargs)) if id(t) in self._weights]
         if not weights:
             return self._plain(func, args, kwargs)
         if func in _CONSTANTS or not torch.is_grad_enabled():
-            return self._blind_use(func, args, kwargs, weights)
+            return self._blind_use(func, args, kwargs)
         rowwise = any(self._carries_rows(t) for t in _leaves((args, kwargs)))
         if rules.find(func) is None and _is_composite(func):
             with self:
@@ -215,7 +218,7 @@ class _CaptureMode(TorchFunctionMode):
             _tag(output)
         return output
 
-    def _blind_use(self, func: Any, args: Any, kwargs: Any, weights: list[Tensor]) -> Any:
+    def _blind_use(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A use without a gradient: nothing flows, and the step is reported as detached."""
         output = func(*args, **kwargs)
         if any(self._carries_rows(t) for t in _leaves((args, kwargs))):
@@ -313,7 +316,7 @@ class _CaptureMode(TorchFunctionMode):
                 self._serve(replace(use, delta=delta.detach().reshape(shape)))
                 use.args, use.kwargs, use.versions = (), {}, []  # the graph keeps this closure
 
-        origin.register_hook(receive)
+        origin.register_hook(receive)  # type: ignore[no-untyped-call]
 
     def _serve(self, use: Use) -> None:
         with torch.no_grad(), torch._C.DisableTorchFunction():
@@ -333,7 +336,9 @@ class _CaptureMode(TorchFunctionMode):
         name = str(getattr(func, "__name__", func))
         writes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
         if writes or kwargs.get("out") is not None:
-            found = [self._weights[id(t)] for t in _leaves((args, kwargs)) if id(t) in self._weights]
+            found = [
+                self._weights[id(t)] for t in _leaves((args, kwargs)) if id(t) in self._weights
+            ]
             names = ", ".join(sorted({n for w in found for n in w.parameters}))
             raise CaptureError(
                 f"{names}: '{name}' writes a parameter's values into an activation in place, which "
@@ -438,7 +443,7 @@ def _is_composite(func: Any) -> bool:
     return isinstance(func, types.FunctionType) and func.__module__ == F.__name__
 
 
-def _entered(func: types.FunctionType) -> types.FunctionType:
+def _entered(func: Any) -> types.FunctionType:
     """A copy of a composite function that does not dispatch itself, so its inner calls are seen."""
     off = {
         name: (lambda *_: False)

@@ -53,7 +53,7 @@ def permutation(stream: int, size: int) -> NDArray[np.int64]:
 
 
 def buckets_without_replacement(stream: int, count: int, size: int) -> NDArray[np.int64]:
-    """`count` buckets below `size`; each block of `size` consecutive items is a fresh permutation."""
+    """`count` buckets below `size`; each block of `size` items is a fresh permutation."""
     blocks = -(-count // size)
     parts = [permutation(key(stream, block), size) for block in range(blocks)]
     return np.concatenate(parts)[:count] if parts else np.zeros(0, dtype=np.int64)

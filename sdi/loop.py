@@ -95,7 +95,7 @@ class Loop:
 
 
 def _resolve(model: nn.Module, item: str | nn.Module) -> nn.Module:
-    modules = dict(model.named_modules())
+    modules: dict[str, nn.Module] = dict(model.named_modules())
     if isinstance(item, nn.Module):
         if not any(item is module for module in modules.values()):
             raise LoopError(f"the body {type(item).__name__} is not a module of the model")

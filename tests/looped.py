@@ -86,7 +86,9 @@ def make(body: nn.Module | None = None, seed: int = 0, **options: Any) -> Looped
     return LoopedModel(body or Block(width), width, **options).eval()
 
 
-def tokens(rows: int = 4, length: int = 7, seed: int = 1, vocabulary: int = 23) -> dict[str, Tensor]:
+def tokens(
+    rows: int = 4, length: int = 7, seed: int = 1, vocabulary: int = 23
+) -> dict[str, Tensor]:
     """A batch of random tokens; the first tokens of some rows are masked from the loss."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, vocabulary, (rows, length), generator=generator)

@@ -46,12 +46,15 @@ def _w(*shape: int) -> nn.Parameter:
 
 BODIES = {
     "linear": lambda: Custom(lambda m, x: torch.tanh(m.a(x)), a=nn.Linear(16, 16)),
-    "linear called twice": lambda: Custom(lambda m, x: m.a(torch.tanh(m.a(x))), a=nn.Linear(16, 16)),
+    "linear called twice": lambda: Custom(
+        lambda m, x: m.a(torch.tanh(m.a(x))), a=nn.Linear(16, 16)
+    ),
     "matmul": lambda: Custom(lambda m, x: torch.tanh(x @ m.a), a=_w(16, 16)),
     "matmul of a transpose": lambda: Custom(lambda m, x: x + x @ m.a.t(), a=_w(16, 16)),
     "addmm on flattened rows": lambda: Custom(
         lambda m, x: torch.tanh(torch.addmm(m.b, x.reshape(-1, 16), m.a)).view_as(x),
-        a=_w(16, 16), b=_w(16),
+        a=_w(16, 16),
+        b=_w(16),
     ),
     "einsum": lambda: Custom(lambda m, x: torch.einsum("btd,de->bte", x, m.a), a=_w(16, 16)),
     "rescaled weight": lambda: Custom(
@@ -98,7 +101,11 @@ def test_list_of_layers_is_a_body() -> None:
     torch.manual_seed(0)
     model = ListModel().eval()
     _checked(model)
-    assert sdi.Sketcher(sdi.Loop(model, "body"), dim=64)(tokens(), names(4)).steps == ("1", "2", "3")
+    assert sdi.Sketcher(sdi.Loop(model, "body"), dim=64)(tokens(), names(4)).steps == (
+        "1",
+        "2",
+        "3",
+    )
 
 
 def test_untied_layers_are_steps_of_their_own() -> None:
@@ -347,6 +354,4 @@ def test_wrapped_models_have_the_same_sketch() -> None:
     model = make()
     plain = sdi.Sketcher(sdi.Loop(model, "body"), dim=64)(tokens(), names(4))
     loop = sdi.Loop(torch.compile(Wrapper(model)), "body")  # type: ignore[arg-type]
-    torch.testing.assert_close(
-        sdi.Sketcher(loop, dim=64)(tokens(), names(4)).values, plain.values
-    )
+    torch.testing.assert_close(sdi.Sketcher(loop, dim=64)(tokens(), names(4)).values, plain.values)

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 
 import sdi
 from sdi import hashes
+from sdi.sinks import Plans, SketchSink
 from sdi.sketch.plan import Hashing, MatrixPlan
 from sdi.sketch.quantize import dequantize, quantize
 from sdi.sketch.reference import sketch_of_gradient
-from sdi.sinks import Plans, SketchSink
 from tests.looped import make, names, tokens
 
 

@@ -1,0 +1,1 @@
+"""Sketches: hashes to buckets, two evaluations of one TensorSketch, and what is stored."""

@@ -44,7 +44,7 @@ def _numba_kernel() -> Callable[[Any, Any, Any], None] | None:
     except ImportError:
         return None
 
-    @numba.njit(cache=True, nogil=True, fastmath=True)  # type: ignore[untyped-decorator]
+    @numba.njit(cache=True, nogil=True, fastmath=True)
     def add(product: Any, starts: Any, out: Any) -> None:
         dim, rows = out.shape[1], product.shape[2]
         for b in range(product.shape[0]):
@@ -57,4 +57,4 @@ def _numba_kernel() -> Callable[[Any, Any, Any], None] | None:
                 for i in range(head, rows):
                     target[i - head] += source[i]
 
-    return add  # type: ignore[no-any-return]
+    return add

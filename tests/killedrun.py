@@ -1,0 +1,90 @@
+"""A process that is killed while it sketches, over and over, until the run is whole.
+
+Run as `python -m tests.killedrun DIR`: sketches DIR/run in child processes, each of which kills
+itself with SIGKILL right before, or right after, one of its renames, or is killed after a random
+delay. Prints how many were killed. The children are forked before torch has started any thread.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch._dynamo  # noqa: F401 - slow to import; once here rather than once in each child
+
+from curate.rundir import RunDirectory
+from curate.sketching import sketch_run
+from sdi.checkpoints import find_checkpoints
+from tests.loopedrun import LOOP, OPTIONS, factory
+
+ETAS = {"early": 0.1, "late": 0.2}
+
+
+def sketch(directory: Path) -> None:
+    """Sketch the run in `directory` with its two checkpoints."""
+    listed = [
+        {"path": str(directory / f"{name}.safetensors"), "weight": eta}
+        for name, eta in ETAS.items()
+    ]
+    run = RunDirectory.open(directory / "run")
+    sketch_run(run, factory, LOOP, find_checkpoints(listed), options=OPTIONS)
+
+
+def die_at_rename(number: int, *, before: bool) -> None:
+    """Make this process kill itself at its `number`-th rename, counted from 1."""
+    rename, left = os.replace, number
+
+    def counted(*arguments: Any, **keywords: Any) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0 and before:
+            os.kill(os.getpid(), signal.SIGKILL)
+        rename(*arguments, **keywords)
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.replace = counted
+
+
+def attempt(directory: Path, rename: int, *, before: bool, delay: float | None) -> bool:
+    """Fork a child that sketches; True where it was killed, False where it finished."""
+    child = os.fork()
+    if child == 0:
+        die_at_rename(rename, before=before)
+        try:
+            sketch(directory)
+        except BaseException as error:
+            os.write(2, f"{type(error).__name__}: {error}".encode())
+            os._exit(1)
+        os._exit(0)
+    if delay is not None:
+        time.sleep(delay)
+        os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    if os.WIFEXITED(status) and os.WEXITSTATUS(status):
+        raise SystemExit(f"a resumed run failed with status {os.WEXITSTATUS(status)}")
+    return os.WIFSIGNALED(status)
+
+
+def main(directory: Path) -> None:
+    """Kill the run at random delays and at ever later renames; then let it finish.
+
+    A shard takes ten renames: three files of steps, three of totals, loss and depth, the manifest,
+    and that of the self-check before the first.
+    """
+    draw, killed = random.Random(0), 0
+    for _ in range(4):
+        killed += attempt(directory, 10**9, before=True, delay=draw.uniform(0.02, 0.2))
+    for number in range(18):
+        killed += attempt(directory, 1 + number % 14, before=number % 2 == 0, delay=None)
+    attempt(directory, 10**9, before=True, delay=None)
+    sys.stdout.write(f"{killed}\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

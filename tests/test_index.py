@@ -1,0 +1,89 @@
+"""Search: exact against brute force, with and without an index, tied and untied."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from curate import index
+from curate.errors import UsageError
+from tests.sketchedrun import WEIGHTS, Made, make
+
+
+def combined(made: Made, name: str) -> np.ndarray:
+    """Σ_k η_k ⟨·, ·⟩ as one inner product: (N, τ, K·M) float64."""
+    return np.concatenate([np.sqrt(w) * made.values[name, c] for c, w in WEIGHTS.items()], axis=2)
+
+
+def pooled(made: Made, name: str, kind: str = "values") -> np.ndarray:
+    """Σ_k √η_k · sketch_k."""
+    return sum(np.sqrt(w) * getattr(made, kind)[name, c] for c, w in WEIGHTS.items())
+
+
+@pytest.mark.parametrize("flat_below", [100_000, 0])
+@pytest.mark.parametrize("tied", [True, False])
+def test_index_is_exact(
+    tmp_path: Path, tied: bool, flat_below: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both codecs find what the plain product finds, which is brute force's M_{s,t}."""
+    monkeypatch.setattr(index, "BAND_BYTES", 40 * 64 * 4)
+    made = make(tmp_path / "run", rows=90, tied=tied)
+    index.build_index(made.run, flat_below=flat_below)
+    train, query = pooled(made, "train"), pooled(made, "test")
+    for row in range(3):
+        scores = np.einsum("ntm,m->nt", train, query[row, 1])
+        if not tied:
+            scores[:, [0, 2, 3]] = -np.inf
+        order = np.argsort(-scores, axis=None, kind="stable")[:10]
+        for use in (True, False):
+            found = index.neighbours(made.run, row=row, step=2, query="test", use_index=use)
+            got = found["row"].to_numpy() * 4 + found["step"].to_numpy() - 1
+            assert got.tolist() == order.tolist()
+            np.testing.assert_allclose(found["score"], scores.ravel()[order], rtol=1e-5)
+            assert found["id"][0] == f"train{found['row'][0]}"
+
+
+def test_totals_answer_with_influence(tmp_path: Path) -> None:
+    """The index of totals gives the rows with the largest SDI_t."""
+    made = make(tmp_path / "run")
+    index.build_index(made.run)
+    scores = pooled(made, "train", "totals") @ pooled(made, "test")[2, 3]
+    found = index.neighbours(made.run, row=2, step=4, k=5, query="test", of="totals")
+    assert found["row"].to_list() == np.argsort(-scores)[:5].tolist()
+
+
+def test_bound_skips_bands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With norms of heavy tails a search ends before the last band, and says how much it read."""
+    monkeypatch.setattr(index, "BAND_BYTES", 20 * 64 * 4)
+    made = make(tmp_path / "run", rows=200)
+    index.build_index(made.run)
+    query = pooled(made, "train")[:, 3]
+    target = query[np.linalg.norm(query, axis=1).argmax()]
+    found = index.search(made.run, target, 1)
+    assert 0 < found.scanned < 0.5
+
+
+def test_own_row_is_left_out_and_rebuild(tmp_path: Path) -> None:
+    """A row is no neighbour of itself; an index that is up to date is left, a stale one unused."""
+    made = make(tmp_path / "run")
+    first = index.build_index(made.run)
+    assert index.build_index(made.run) == first
+    found = index.neighbours(made.run, row=5, step=3, k=8)
+    assert len(found) == 8 and 5 not in found["row"].to_list()
+    entries = [e.model_copy(update={"weight": 1.0}) for e in made.run.manifest.checkpoints]
+    made.run.note(checkpoints=tuple(entries))
+    again = index.build_index(made.run)
+    assert again["digest"] != first["digest"]
+    assert not (made.run.path / first["steps"]["path"]).exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "step", "message"), [(99, 1, "rows 0 to 40"), (0, 9, "steps 1 to 4")]
+)
+def test_bad_place(tmp_path: Path, row: int, step: int, message: str) -> None:
+    """A row or a step that is not there gives one clear line."""
+    run = make(tmp_path / "run").run
+    with pytest.raises(UsageError, match=message):
+        index.neighbours(run, row=row, step=step)

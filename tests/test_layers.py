@@ -1,0 +1,121 @@
+"""The layers of the code: who imports whom, what a bare import costs, and what is packaged."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = sorted([*(ROOT / "sdi").rglob("*.py"), *(ROOT / "curate").rglob("*.py")])
+SDI_NEEDS = {"torch", "numpy", "sdi"}
+#: What sdi imports inside functions, where a checkpoint or speed asks for it.
+SDI_MAY = {"safetensors", "transformers", "numba", "triton"}
+
+
+def imports(path: Path, *, top_level: bool = False) -> Iterator[str]:
+    """Names of the packages that a file imports, anywhere or while it is loaded."""
+    tree = ast.parse(path.read_text("utf-8"))
+    nodes = _loaded(tree.body) if top_level else ast.walk(tree)
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+            yield node.module.split(".")[0]
+
+
+def _loaded(body: list[ast.stmt]) -> Iterator[ast.AST]:
+    for node in body:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        yield node
+        if isinstance(node, ast.If | ast.Try | ast.With):
+            yield from _loaded(node.body)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "sdi").rglob("*.py")), ids=lambda p: p.stem)
+def test_sdi_never_imports_curate(path: Path) -> None:
+    """Imports go one way, and sdi needs nothing beside torch and numpy to be imported."""
+    assert "curate" not in set(imports(path))
+    own = set(sys.stdlib_module_names) | SDI_NEEDS
+    assert set(imports(path, top_level=True)) <= own
+    assert set(imports(path)) <= own | SDI_MAY
+
+
+def test_click_is_in_the_command_files_only() -> None:
+    """The command line is a thin layer: nothing below it knows click."""
+    users = {path.relative_to(ROOT / "curate") for path in FILES if "click" in set(imports(path))}
+    assert users <= {
+        Path("cli.py"),
+        *(Path("commands") / p.name for p in (ROOT / "curate" / "commands").glob("*.py")),
+    }
+
+
+def test_importing_the_command_line_is_light() -> None:
+    """`curate --help`, with every verb's file loaded, imports nothing heavy."""
+    heavy = ["torch", "polars", "datasets", "pydantic", "numpy", "duckdb", "rich", "yaml"]
+    code = (
+        "import sys; from curate.cli import main; main(['--help']); "
+        f"print([m for m in {heavy} if m in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stderr.strip() == "[]"
+    assert "Usage: curate" in done.stdout
+
+
+def test_every_package_is_listed() -> None:
+    """Each folder with an __init__ is in pyproject's list, so that a wheel has all of it."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    listed = set(project["tool"]["setuptools"]["packages"])
+    found = {
+        ".".join(path.parent.relative_to(ROOT).parts)
+        for path in FILES
+        if path.name == "__init__.py"
+    }
+    assert found <= listed
+    assert listed - found <= {"curate.shipped"}
+
+
+def test_files_are_short() -> None:
+    """A file is one noun: none is longer than 400 lines."""
+    long = {
+        str(path.relative_to(ROOT)): count
+        for path in FILES
+        if (count := len(path.read_text("utf-8").splitlines())) > 400
+    }
+    assert long == {}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_what_is_public_is_documented(path: Path) -> None:
+    """Every module and every public function, class and method has a docstring."""
+    tree = ast.parse(path.read_text("utf-8"))
+    if not tree.body:
+        return
+    missing = [] if ast.get_docstring(tree) else ["the module"]
+    for node in _public(tree):
+        if ast.get_docstring(node) is None:
+            missing.append(node.name)
+    assert missing == []
+
+
+def _public(tree: ast.Module) -> Iterator[ast.FunctionDef | ast.ClassDef]:
+    for node in _named(tree.body):
+        yield node
+        if isinstance(node, ast.ClassDef):
+            yield from _named(node.body)
+
+
+def _named(body: list[ast.stmt]) -> Iterator[ast.FunctionDef | ast.ClassDef]:
+    for node in body:
+        if not isinstance(node, ast.FunctionDef | ast.ClassDef) or node.name.startswith("_"):
+            continue
+        if not any("overload" in ast.unparse(mark) for mark in node.decorator_list):
+            yield node

@@ -1,0 +1,182 @@
+"""Losses per example: what they compute, and what they refuse."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sdi.errors import LossError
+from sdi.losses import causal_lm_loss, check_losses, masked_lm_loss
+
+
+class Tiny(nn.Module):
+    """Embedding and head; ``style`` says how the logits are returned."""
+
+    def __init__(self, style: str = "tensor") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(11, 6)
+        self.head = nn.Linear(6, 11)
+        self.style = style
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
+        logits = self.head(self.embed(input_ids))
+        shapes = {
+            "tensor": logits,
+            "tuple": (logits, None),
+            "object": SimpleNamespace(logits=logits),
+            "mapping": {"logits": logits},
+            "flat": logits.mean(1),
+        }
+        assert attention_mask is None or attention_mask.shape == input_ids.shape
+        return shapes[self.style]
+
+
+class NoMask(nn.Module):
+    """A plain torch model: its first argument has a name of its own, and it takes no mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Tiny()
+
+    def forward(self, idx: Tensor) -> Any:
+        return self.inner(idx)
+
+
+def make_batch(lengths: tuple[int, ...] = (5, 3), width: int = 5) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 11, (len(lengths), width), generator=generator)
+    mask = torch.arange(width)[None, :] < torch.tensor(lengths)[:, None]
+    labels = torch.where(mask, ids, -100)
+    return {"input_ids": ids, "attention_mask": mask.long(), "labels": labels}
+
+
+def by_hand(model: nn.Module, batch: dict[str, Tensor], shift: int) -> list[list[float]]:
+    """Return each row's list of token losses, from the definition and one token at a time."""
+    logs = model(batch["input_ids"]).detach().double().log_softmax(-1)
+    rows = []
+    for row, labels in enumerate(batch["labels"].tolist()):
+        rows.append(
+            [
+                -float(logs[row, t - shift, label])
+                for t, label in enumerate(labels)
+                if t >= shift and label != -100
+            ]
+        )
+    return rows
+
+
+@pytest.mark.parametrize(("loss", "shift"), [(causal_lm_loss, 1), (masked_lm_loss, 0)])
+def test_losses_follow_their_definition(loss: Any, shift: int) -> None:
+    """The loss shifts once (or not at all) and averages over the row's own targets."""
+    model, batch = Tiny(), make_batch()
+    rows = by_hand(model, batch, shift)
+    mean = torch.tensor([sum(r) / len(r) for r in rows])
+    total = torch.tensor([sum(r) for r in rows])
+    torch.testing.assert_close(loss(model, batch), mean)
+    torch.testing.assert_close(loss(model, batch, reduce="sum"), total)
+
+
+def test_padding_and_neighbours_change_nothing() -> None:
+    """A row alone and unpadded has the loss it has in a padded batch."""
+    model, batch = Tiny(), make_batch((5, 3), width=8)
+    alone = {name: value[1:, :3] for name, value in batch.items()}
+    torch.testing.assert_close(causal_lm_loss(model, alone)[0], causal_lm_loss(model, batch)[1])
+
+
+@pytest.mark.parametrize("style", ["tuple", "object", "mapping"])
+def test_logits_are_found_in_every_usual_output(style: str) -> None:
+    """Tensor, tuple, object and mapping outputs give the same losses."""
+    batch = make_batch()
+    torch.testing.assert_close(causal_lm_loss(Tiny(style), batch), causal_lm_loss(Tiny(), batch))
+
+
+def test_only_what_the_forward_takes_is_passed() -> None:
+    """Extra batch entries and an own name for the first argument are no obstacle."""
+    batch = make_batch() | {"row": torch.arange(2)}
+    expected = causal_lm_loss(Tiny(), make_batch())
+    torch.testing.assert_close(causal_lm_loss(Tiny(), batch), expected)
+    torch.testing.assert_close(causal_lm_loss(NoMask(), batch), expected)
+
+
+def test_wrapped_models_are_seen_through() -> None:
+    """A data-parallel wrapper's (*args, **kwargs) forward gets what the inner model takes."""
+
+    class Wrapper(nn.Module):
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+        def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+            return self.module(*inputs, **kwargs)
+
+    batch = make_batch() | {"row": torch.arange(2)}
+    for model in (Tiny(), NoMask()):
+        expected = causal_lm_loss(model, batch)
+        torch.testing.assert_close(causal_lm_loss(Wrapper(model), batch), expected)
+
+
+def test_padding_a_model_cannot_see_is_refused() -> None:
+    """Left padding, or any padding for a masked loss, is refused where no mask is taken."""
+    left = {name: value.flip(1) for name, value in make_batch().items()}
+    with pytest.raises(LossError, match=r"padded on the left.*pad on the right"):
+        causal_lm_loss(NoMask(), left)
+    with pytest.raises(LossError, match="takes no attention_mask"):
+        masked_lm_loss(NoMask(), make_batch())
+
+
+@pytest.mark.parametrize("reduce", ["mean", "sum"])
+def test_a_row_without_targets_is_named(reduce: Any) -> None:
+    """A row whose labels are all -100 is refused by id; it does not pass as a loss of zero."""
+    batch = make_batch()
+    batch["labels"][1] = -100
+    losses = causal_lm_loss(Tiny(), batch, reduce=reduce)
+    assert torch.isfinite(losses[0])
+    with pytest.raises(LossError, match=r"not finite for b \(nan\).*all -100") as caught:
+        check_losses(losses, ["a", "b"])
+    assert caught.value.ids == ("b",)
+
+
+def test_missing_labels_and_strange_logits_are_refused() -> None:
+    """The message says what the batch holds, or what the model returned."""
+    batch = make_batch()
+    with pytest.raises(LossError, match=r"no 'labels'"):
+        causal_lm_loss(Tiny(), {"input_ids": batch["input_ids"]})
+    with pytest.raises(LossError, match=r"returned \(2, 11\) where labels are \(2, 5\)"):
+        causal_lm_loss(Tiny("flat"), batch)
+    with pytest.raises(LossError, match="'median'; expected 'mean' or 'sum'"):
+        causal_lm_loss(Tiny(), batch, reduce="median")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("losses", "text"),
+    [
+        (torch.tensor(1.0), r"a scalar for 2 examples; expected shape \(2,\)"),
+        (torch.ones(2, 3), r"shape \(2, 3\) for 2 examples"),
+        (torch.ones(3), r"shape \(3,\)"),
+        (torch.ones(2, dtype=torch.int64), "int64; expected a floating"),
+        (0.5, "returned a float"),
+        (torch.tensor([1.0, torch.inf]), r"not finite for b \(inf\)"),
+    ],
+)
+def test_wrong_losses_are_refused(losses: object, text: str) -> None:
+    """Scalars, wrong shapes, integers, plain numbers and infinities are each refused."""
+    with pytest.raises(LossError, match=text):
+        check_losses(losses, ["a", "b"])
+
+
+def test_good_losses_come_back_with_their_graph() -> None:
+    """A (B,) floating finite tensor passes through, gradients attached."""
+    losses = causal_lm_loss(Tiny(), make_batch())
+    assert check_losses(losses, ["a", "b"]) is losses
+    assert losses.requires_grad
+
+
+def test_half_precision_logits_are_reduced_in_float32() -> None:
+    """A bf16 model gives float32 losses."""
+    losses = causal_lm_loss(Tiny().bfloat16(), make_batch())
+    assert losses.dtype == torch.float32

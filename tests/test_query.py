@@ -1,0 +1,229 @@
+"""The SQL sandbox: what it reads, and everything it must refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from curate.errors import CurateError, UsageError
+from curate.query import Limits, Part, evaluate, parse_bytes, read
+
+FRAME = pl.DataFrame({"row": [0, 1, 2], "total": [3.0, None, 1.0], "source": ["a", "b", "a"]})
+SMALL = Limits(memory=64 << 20, threads=1, timeout=2.0)
+
+
+def ask(statement: str, limits: Limits | None = None, **options: object) -> pl.DataFrame:
+    return read(statement, {"t": [Part(FRAME.lazy())]}, limits=limits, **options)  # type: ignore[arg-type]
+
+
+def test_reads_frames_and_parquet_as_one_table(tmp_path: Path) -> None:
+    """Parts of a table are joined by column name, with their constant columns, whatever holds them."""
+    FRAME.with_columns(extra=pl.lit(7)).write_parquet(tmp_path / "p.parquet")
+    parts = [
+        Part(FRAME.lazy(), (("query", "it's"),)),
+        Part((tmp_path / "p.parquet",), (("query", "b"),)),
+    ]
+    found = read(
+        "SELECT query, count(*) AS n, sum(extra) AS e FROM pieces GROUP BY query ORDER BY query",
+        {"pieces": parts, "unused": [Part(FRAME.lazy())]},
+        views={"twice": "SELECT * FROM pieces UNION ALL SELECT * FROM pieces"},
+    )
+    assert found.rows() == [("b", 3, 21), ("it's", 3, None)]
+
+
+def test_parameters_nulls_and_reading_forms() -> None:
+    """Parameters are bound, NULLs come back as nulls, and WITH, DESCRIBE, PIVOT ... IN all read."""
+    assert ask("SELECT total FROM t WHERE row = ?", params=[1]).rows() == [(None,)]
+    assert ask("SELECT row FROM t WHERE total > $low", params={"low": 2}).rows() == [(0,)]
+    assert ask("WITH q AS (SELECT * FROM t) SELECT count(*) FROM Q").rows() == [(3,)]
+    assert ask("DESCRIBE t")["column_name"].to_list() == FRAME.columns
+    assert ask("PIVOT t ON source IN ('a', 'b') USING count(*)").height > 0
+
+
+WRITES = [
+    "COPY t TO 'stolen.csv'",
+    "WITH c AS (COPY t TO 'stolen.csv') SELECT 1",
+    "WITH c AS (INSERT INTO t VALUES (9, 9, 'x') RETURNING *) SELECT * FROM c",
+    "WITH c AS (DELETE FROM t RETURNING *) SELECT * FROM c",
+    "CREATE TABLE z (a INT)",
+    "CREATE MACRO m() AS 1",
+    "DROP VIEW t",
+    "ALTER VIEW t RENAME TO z",
+    "INSERT INTO t VALUES (9, 9, 'x')",
+    "EXPORT DATABASE 'stolen'",
+    "IMPORT DATABASE 'stolen'",
+    "EXPLAIN ANALYZE SELECT 1",
+    "ATTACH 'stolen.db'",
+    "ATTACH ':memory:' AS other",
+    "SET threads = 4",
+    "RESET lock_configuration",
+    "PRAGMA enable_profiling",
+    "INSTALL httpfs",
+    "LOAD httpfs",
+    "CALL pragma_version()",
+    "BEGIN",
+    "PREPARE p AS SELECT 1",
+    "VACUUM",
+    "SELECT 1; SELECT 2",
+    "SELECT 1; COPY t TO 'stolen.csv'",
+    "",
+]
+READS = [
+    "SELECT * FROM read_csv('{file}')",
+    "SELECT * FROM '{file}'",
+    "SELECT * FROM \"{file}\"",
+    "SELECT * FROM read_text('/etc/passwd')",
+    "SELECT (SELECT count(*) FROM glob('/*')) FROM t",
+    "SELECT * FROM t WHERE row IN (SELECT 1 FROM read_parquet('{file}'))",
+    "SELECT * FROM query('SELECT 1')",
+    "SELECT * FROM query_table('{file}')",
+    "SELECT * FROM json_execute_serialized_sql(json_serialize_sql('SELECT 1'))",
+    "SELECT * FROM python_map_function(1)",
+    "SELECT * FROM pandas_scan(1)",
+    "SELECT * FROM sniff_csv('{file}')",
+    "SELECT * FROM duckdb_settings()",
+    "SELECT * FROM enable_logging()",
+    "SELECT * FROM information_schema.tables",
+    "SELECT * FROM FRAME",
+    "SELECT getenv('HOME')",
+    "SUMMARIZE SELECT * FROM read_csv('{file}')",
+    "DESCRIBE '{file}'",
+    "WITH RECURSIVE r AS (SELECT 1 UNION ALL (SELECT 2 FROM read_csv('{file}'))) SELECT * FROM r",
+]
+
+
+@pytest.mark.parametrize("statement", WRITES + READS)
+def test_refuses_whatever_is_not_reading_its_tables(
+    statement: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Statements that write, configure, load or reach a file are refused, in one line, by the
+    check of the syntax tree alone, and leave no file behind."""
+    monkeypatch.chdir(tmp_path)
+    secret = tmp_path / "secret.csv"
+    secret.write_text("a,b\n1,2\n")
+    with pytest.raises(UsageError) as caught:
+        admit(statement.replace("{file}", str(secret)))
+    assert "\n" not in str(caught.value)
+    assert os.listdir(tmp_path) == ["secret.csv"]
+
+
+def admit(statement: str) -> None:
+    """Check a statement in this process as the sandbox does, then run it if it passes."""
+    import duckdb
+
+    from curate import sandbox
+
+    connection = duckdb.connect(":memory:")
+    connection.register("t", FRAME.to_arrow())
+    sandbox.lock(connection, {"spill": "", "threads": 1, "memory": 1 << 27, "timeout": 5})
+    try:
+        connection.execute(sandbox.admitted(connection, statement, ["t"]))
+    except (sandbox.Refused, duckdb.Error) as error:
+        raise UsageError(str(error).split("\n")[0]) from error
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["COPY t TO '{out}'", "WITH c AS (COPY t TO '{out}') SELECT 1", "FROM read_text('/etc/passwd')",
+     "SELECT getenv('HOME')", "SELECT * FROM sniff_csv('/etc/passwd')", "ATTACH '{out}'"],
+)  # fmt: skip
+def test_locked_connection_holds_without_the_tree_check(statement: str, tmp_path: Path) -> None:
+    """The second fence holds alone: a locked connection refuses files to a statement that was
+    never checked."""
+    import duckdb
+
+    from curate import sandbox
+
+    connection = duckdb.connect(":memory:")
+    connection.register("t", FRAME.to_arrow())
+    sandbox.lock(connection, {"spill": "", "threads": 1, "memory": 1 << 27, "timeout": 5})
+    with pytest.raises(duckdb.Error):
+        connection.execute(statement.replace("{out}", str(tmp_path / "out")))
+    assert not os.listdir(tmp_path)
+
+
+def test_writing_is_refused_end_to_end(tmp_path: Path) -> None:
+    """Through the whole path a COPY inside a WITH names what it is and writes nothing."""
+    target = tmp_path / "stolen.csv"
+    with pytest.raises(UsageError, match="only statements that read are run here.*COPY"):
+        ask(f"WITH c AS (COPY t TO '{target}') SELECT 1")
+    assert not target.exists()
+
+
+def test_environment_is_not_inherited(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that runs SQL is started without the caller's environment."""
+    from curate import query
+
+    monkeypatch.setenv("SOME_TOKEN", "hidden")
+    seen: dict[str, object] = {}
+
+    def started(*_: object, **options: object) -> object:
+        seen.update(options)
+        raise query.subprocess.TimeoutExpired("sandbox", 1)
+
+    monkeypatch.setattr(query.subprocess, "run", started)
+    with pytest.raises(CurateError):
+        ask("SELECT 1")
+    assert "SOME_TOKEN" not in json.dumps(seen["env"])
+
+
+@pytest.mark.parametrize(
+    ("statement", "text"),
+    [
+        ("SELECT count(*) FROM range(1000000000000) r(i) WHERE hash(i) % 7 = 9", "longer than its"),
+        ("SELECT length(repeat('x', 3000000000))", "MiB of memory"),
+        ("SELECT list_sum(range(400000000))", "MiB of memory"),
+        ("SELECT * FROM range(100000000)", "larger than the memory limit"),
+        ("SELECT string_agg(i::VARCHAR, ',') FROM range(100000000) r(i)", "MiB of memory"),
+    ],
+)
+def test_time_and_memory_are_bounded(statement: str, text: str) -> None:
+    """Endless, exploding and enormous answers end at the limits, with the limit and a remedy."""
+    with pytest.raises(CurateError, match=text):
+        ask(statement, SMALL)
+
+
+def test_mistakes_get_one_line() -> None:
+    """A misspelt table, a misspelt column and broken SQL each give one line that helps."""
+    cases = {
+        "SELECT * FROM tt": "did you mean t",
+        "SELECT totl FROM t": "total",
+        "SELEC 1": "syntax error",
+        "SHOW TABLES": "the tables are t;",
+        "SELECT a.row, b.row FROM t a, t b": "several columns row",
+        "PIVOT t ON source USING count(*)": "IN",
+    }
+    for statement, text in cases.items():
+        with pytest.raises(UsageError, match=text) as caught:
+            ask(statement)
+        assert "\n" not in str(caught.value)
+
+
+def test_evaluate_keeps_order_and_nulls() -> None:
+    """Expressions give one value per row in row order, NULL where SQL says so, windows included."""
+    found = evaluate(FRAME, {"where": "total > 1", "by": "total - avg(total) OVER ()"})
+    assert found.rows() == [(True, 1.0), (None, None), (False, -1.0)]
+
+
+@pytest.mark.parametrize(
+    "expression",
+    ["1) AS a FROM frame WHERE (1=2", "1), (2", "sum(total)", "nothing", "1); DROP TABLE frame; --",
+     "(SELECT count(*) FROM read_csv('/etc/passwd'))", "*"],
+)  # fmt: skip
+def test_evaluate_refuses_what_is_not_one_expression(expression: str) -> None:
+    """Text that closes the bracket, aggregates, misspells or reaches a file is refused by name."""
+    with pytest.raises(UsageError, match="expression"):
+        evaluate(FRAME, {"by": expression})
+
+
+def test_amounts_of_memory() -> None:
+    """Decimal and binary units are read as written; nonsense and too little are refused."""
+    assert parse_bytes("512MB") == 512_000_000
+    assert parse_bytes("2 GiB") == 2 << 30
+    for text in ("lots", "-1", "1kB"):
+        with pytest.raises(UsageError):
+            parse_bytes(text)

@@ -1,0 +1,227 @@
+"""Scores: every column of the influence table against brute force in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+
+from curate import scratch
+from curate.errors import CurateError, UsageError
+from curate.scores import score_run
+from curate.windows import Windows
+from tests.sketchedrun import WEIGHTS, Made, make
+
+DEPTHS = (4, 4, 3, 2, 4, 1, 3)
+
+
+def brute(made: Made, members: list[int], *, tied: bool, cosine: bool = False) -> dict[str, Any]:
+    """All columns of the table of a group of queries, written out in float64."""
+    run = made.run
+    queries = {c: made.values["test", c][members] for c in WEIGHTS}
+    steps, dim = queries["a"].shape[1:]
+    depth = np.max([(made.norms["test", c] > 0).sum(axis=1) for c in WEIGHTS], axis=0)[members]
+    early, late = Windows().masks(depth, steps)
+    joint = np.sqrt(sum(w * made.norms["test", c][members] ** 2 for c, w in WEIGHTS.items()))
+    left = made.total_norms if tied else made.norms
+    rows = np.sqrt(sum(w * left["train", c] ** 2 for c, w in WEIGHTS.items()))
+    rows = rows.reshape(run.manifest.sets["train"].rows, -1)
+    if not cosine:
+        joint, rows = np.ones_like(joint), np.ones_like(rows)
+    joint = np.where(joint > 0, joint, np.inf)
+    parts: dict[str, list[Any]] = {n: [] for n in ("s", "e", "l", "vt", "ve", "vl", "c", "vs")}
+    masks = np.ones_like(early), early, late
+    for name, eta in WEIGHTS.items():
+        scaled = queries[name] / joint[:, :, None]
+        vectors = [(scaled * mask[:, :, None]).mean(axis=0) for mask in masks]  # (τ, M)
+        train = made.totals["train", name][:, None] if tied else made.values["train", name]
+        train = train / rows[:, :, None]
+        norm = left["train", name].reshape(len(train), -1) / rows
+        steps_p = np.einsum("num,tm->nut", train, vectors[0])
+        steps_p = steps_p[:, 0] if tied else np.diagonal(steps_p, axis1=1, axis2=2)
+        windows = [v.sum(axis=0, keepdims=True) if tied else v for v in vectors]
+        dots = [np.einsum("num,um->nu", train, v) for v in windows]
+
+        def variance(i: int, j: int, windows: Any = windows, dots: Any = dots, norm: Any = norm,
+                     eta: float = eta) -> Any:  # fmt: skip
+            gram = (windows[i] * windows[j]).sum(axis=1)
+            return eta**2 * (norm**2 * gram + dots[i] * dots[j]).sum(axis=1) / dim
+
+        parts["s"].append(eta * steps_p)
+        parts["e"].append(eta * dots[1].sum(axis=1))
+        parts["l"].append(eta * dots[2].sum(axis=1))
+        for key, pair in (("vt", (0, 0)), ("ve", (1, 1)), ("vl", (2, 2)), ("c", (1, 2))):
+            parts[key].append(variance(*pair))
+        square = (vectors[0] ** 2).sum(axis=1)
+        parts["vs"].append(eta**2 * (norm**2 * square[None] + steps_p**2) / dim)
+    s, e, late_sum, vt, ve, vl, cov, vs = (np.sum(parts[key], axis=0) for key in parts)
+    a, b = 1 / e.std(), 1 / late_sum.std()
+    size = np.abs(s)
+    return {
+        **{f"s{t + 1:02d}": s[:, t] for t in range(steps)},
+        "total": s.sum(axis=1),
+        "early": e,
+        "late": late_sum,
+        "contrast": b * (late_sum - late_sum.mean()) - a * (e - e.mean()),
+        "total_se": np.sqrt(vt),
+        "early_se": np.sqrt(ve),
+        "late_se": np.sqrt(vl),
+        "contrast_se": np.sqrt(a**2 * ve + b**2 * vl - 2 * a * b * cov),
+        "energy": size.sum(axis=1),
+        "peak": size.argmax(axis=1) + 1,
+        "centre": size @ np.arange(1, steps + 1) / size.sum(axis=1),
+        "energy_noise": np.sqrt(2 / np.pi) * np.sqrt(vs).sum(axis=1),
+    }
+
+
+def agree(frame: pl.DataFrame, expected: dict[str, Any]) -> None:
+    """Every column of a table is what brute force gives."""
+    assert frame["row"].to_list() == list(range(len(frame)))
+    assert set(frame.columns) - {"row", "group"} == set(expected)
+    for name, values in expected.items():
+        got = frame[name].to_numpy()
+        np.testing.assert_allclose(got, values, rtol=2e-4, atol=2e-5 * np.abs(values).max(),
+                                   err_msg=name)  # fmt: skip
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["dot", "cosine"])
+def test_every_column(tmp_path: Path, tied: bool, kind: Any) -> None:
+    """Means over a set and over groups of unequal depth equal brute force, column by column."""
+    made = make(tmp_path / "run", tied=tied, depths=DEPTHS)
+    names = score_run(made.run, "test", group_by="topic", kind=kind)
+    assert names == ["test", "test:x", "test:y", "test:max"]
+    groups = {"test": range(7), "test:x": [0, 2, 3, 5, 6], "test:y": [1, 4]}
+    for name, members in groups.items():
+        expected = brute(made, list(members), tied=tied, cosine=kind == "cosine")
+        agree(made.run.influence(name).collect(), expected)
+
+
+def test_conservation_and_maximum(tmp_path: Path) -> None:
+    """Steps add up to the total in every table, and the maximum is the better group's whole row."""
+    run = make(tmp_path / "run").run
+    names = score_run(run, "test", group_by="topic", top_k=0)
+    tables = {name: run.influence(name).collect() for name in names}
+    for table in tables.values():
+        total = table.select(pl.sum_horizontal("s01", "s02", "s03", "s04"))["s01"].to_numpy()
+        size = table["energy"].max()
+        np.testing.assert_allclose(table["total"].to_numpy(), total, atol=1e-6 * size)
+    best, x, y = (tables[f"test:{g}"] for g in ("max", "x", "y"))
+    first = (x["total"] >= y["total"]).to_list()
+    assert best["group"].to_list() == ["x" if better else "y" for better in first]
+    assert best["late"].to_list() == [
+        (x if better else y)["late"][n] for n, better in enumerate(first)
+    ]
+
+
+def test_absent_steps_are_null(tmp_path: Path) -> None:
+    """A step that no query has is NULL, not zero."""
+    run = make(tmp_path / "run", depths=(2,) * 7).run
+    score_run(run, "test")
+    table = run.influence("test").collect()
+    assert table["s03"].null_count() == table["s04"].null_count() == len(table)
+    assert table["s02"].null_count() == table["total"].null_count() == 0
+    assert table["peak"].max() <= 2  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tops_and_pairs(tmp_path: Path, tied: bool) -> None:
+    """The best rows of each query are those of the full table, which is brute force's."""
+    made = make(tmp_path / "run", tied=tied, depths=DEPTHS)
+    score_run(made.run, "test", top_k=5, pairs=True)
+    tops, pairs = made.run.tops("test").collect(), made.run.pairs("test").collect()
+    assert len(pairs) == 41 * 7
+    for query in range(7):
+        expected = brute(made, [query], tied=tied)
+        own = pairs.filter(pl.col("query_row") == query).sort("row")
+        np.testing.assert_allclose(own["total"].to_numpy(), expected["total"], rtol=1e-4, atol=1e-9)
+        best = tops.filter(pl.col("query_row") == query)
+        order = np.argsort(-expected["total"], kind="stable")[:5]
+        assert best["row"].to_list() == order.tolist()
+        assert best["rank"].to_list() == [1, 2, 3, 4, 5]
+        if DEPTHS[query] > 1:
+            np.testing.assert_allclose(
+                best["contrast"].to_numpy(), expected["contrast"][order], rtol=1e-3, atol=1e-4
+            )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_precondition(tmp_path: Path, tied: bool) -> None:
+    """Preconditioned scores are gᵀ(C + λI)⁻¹φ_t per checkpoint, conserved, without an error."""
+    made = make(tmp_path / "run", tied=tied)
+    score_run(made.run, "test", precondition=0.1, top_k=0)
+    table = made.run.influence("test").collect()
+    expected = np.zeros((41, 4))
+    for name, eta in WEIGHTS.items():
+        for step in range(4):
+            train = made.totals["train", name] if tied else made.values["train", name][:, step]
+            moment = train.T @ train / len(train)
+            moment += 0.1 * np.trace(moment) / 64 * np.eye(64)
+            query = made.values["test", name][:, step].mean(axis=0)
+            expected[:, step] += eta * train @ np.linalg.solve(moment, query)
+    got = table.select("s01", "s02", "s03", "s04").to_numpy()
+    np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-5 * np.abs(expected).max())
+    np.testing.assert_allclose(table["total"], expected.sum(axis=1), rtol=1e-3, atol=1e-4)
+    assert table["total_se"].null_count() == table["contrast_se"].null_count() == len(table)
+
+
+def test_idempotent_refused_and_replaced(tmp_path: Path) -> None:
+    """The same again changes nothing; other settings are refused, and replace on request."""
+    run = make(tmp_path / "run").run
+    score_run(run, "test", top_k=3)
+    before = run.manifest
+    score_run(run, "test", top_k=3)
+    assert run.manifest == before
+    with pytest.raises(CurateError, match="other settings.*--overwrite"):
+        score_run(run, "test", top_k=3, kind="cosine")
+    score_run(run, "test", top_k=3, kind="cosine", overwrite=True)
+    assert run.influence_entry("test").kind == "cosine"
+    files = [p for p in (run.path / "influence").rglob("*.parquet")]
+    assert len(files) == 1 and not (run.path / "scratch" / "test").exists()
+    run.verify()
+
+
+def test_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped after the first part and run again, the tables are those of an unbroken run."""
+    monkeypatch.setattr(scratch, "PART_ROWS", 16)
+    whole, broken = make(tmp_path / "whole").run, make(tmp_path / "broken").run
+    score_run(whole, "test", group_by="topic")
+
+    def stop(done: int, of: int) -> None:
+        if done > 16:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score_run(broken, "test", group_by="topic", progress=stop)
+    assert not broken.manifest.influence
+    seen: list[int] = []
+    score_run(broken, "test", group_by="topic", progress=lambda done, of: seen.append(done))
+    assert seen == [32, 41]
+    for name, entry in whole.manifest.influence.items():
+        assert [f.sha256 for f in entry.parts] == [
+            f.sha256 for f in broken.influence_entry(name).parts
+        ]
+        assert [f.rows for f in entry.parts] == [(0, 16), (16, 32), (32, 41)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"group_by": "nothing"}, "no column 'nothing'"),
+        ({"weights": {"c": 1.0}}, "checkpoint 'c'; the run has a, b"),
+        ({"weights": {"a": 0, "b": 0}}, "weight 0"),
+        ({"precondition": 0.1, "kind": "cosine"}, "no cosine"),
+        ({"windows": {"erly": [0, 1]}}, "unknown key 'erly'"),
+        ({"windows": {"early": [0.5, 0.5]}}, "expected fractions"),
+        ({"top_by": "s09"}, "s01 to s04"),
+    ],
+)
+def test_bad_settings(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    """A setting that makes no sense gives one clear line and leaves no table."""
+    run = make(tmp_path / "run").run
+    with pytest.raises(UsageError, match=message):
+        score_run(run, "test", **options)
+    assert not run.manifest.influence
