@@ -43,8 +43,10 @@ def make(
     tied: bool = True,
     depths: tuple[int, ...] | None = None,
     scale: float = 1e-3,
+    shard_rows: int = 16,
 ) -> Made:
     """A run of two checkpoints, sets "train" and "test"; `depths` are those of the queries."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     run = RunDirectory.create(path)
     labels = tuple(str(n + 1) for n in range(steps))
     run.settle(
@@ -64,7 +66,7 @@ def make(
         own = depths if set_name == "test" and depths else (steps,) * count
         for number, checkpoint in enumerate(WEIGHTS):
             seed = 10 * number + (set_name == "test")
-            _add_sketches(made, set_name, checkpoint, seed, own, steps, dim, scale)
+            _add_sketches(made, set_name, checkpoint, seed, own, steps, dim, scale, shard_rows)
     return made
 
 
@@ -97,6 +99,7 @@ def _add_sketches(
     steps: int,
     dim: int,
     scale: float,
+    shard_rows: int,
 ) -> None:
     random = np.random.default_rng(seed)
     floats = random.normal(size=(len(depths), steps, dim)) * random.lognormal(
@@ -109,8 +112,8 @@ def _add_sketches(
     kept: dict[str, list[Doubles]] = {"steps": [], "totals": []}
     norms: dict[str, list[Doubles]] = {"steps": [], "totals": []}
     directory = made.run.sketches_directory(set_name, checkpoint)
-    for number, start in enumerate(range(0, len(depths), 16)):
-        part = floats[start : start + 16]
+    for number, start in enumerate(range(0, len(depths), shard_rows)):
+        part = floats[start : start + shard_rows]
         for kind, values in (("steps", part), ("totals", part.sum(axis=1))):
             ints, scales = quantize(values)
             norm = np.linalg.norm(values, axis=-1).astype(np.float32)

@@ -64,7 +64,8 @@ def test_every_row_has_a_decision_and_a_reason() -> None:
 
 def test_round_robin_takes_turns() -> None:
     """Queries take their best free row in turn, skip rows that are out, and stop when they run
-    out."""
+    out.
+    """
     tops = pl.DataFrame(
         {
             "query_row": [0, 0, 0, 1, 1, 1],

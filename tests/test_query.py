@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import polars as pl
@@ -21,7 +20,7 @@ def ask(statement: str, limits: Limits | None = None, **options: object) -> pl.D
 
 
 def test_reads_frames_and_parquet_as_one_table(tmp_path: Path) -> None:
-    """Parts of a table are joined by column name, with their constant columns, whatever holds them."""
+    """Parts of a table are joined by column name, with their constant columns, from any source."""
     FRAME.with_columns(extra=pl.lit(7)).write_parquet(tmp_path / "p.parquet")
     parts = [
         Part(FRAME.lazy(), (("query", "it's"),)),
@@ -75,7 +74,7 @@ WRITES = [
 READS = [
     "SELECT * FROM read_csv('{file}')",
     "SELECT * FROM '{file}'",
-    "SELECT * FROM \"{file}\"",
+    'SELECT * FROM "{file}"',
     "SELECT * FROM read_text('/etc/passwd')",
     "SELECT (SELECT count(*) FROM glob('/*')) FROM t",
     "SELECT * FROM t WHERE row IN (SELECT 1 FROM read_parquet('{file}'))",
@@ -101,14 +100,15 @@ def test_refuses_whatever_is_not_reading_its_tables(
     statement: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Statements that write, configure, load or reach a file are refused, in one line, by the
-    check of the syntax tree alone, and leave no file behind."""
+    check of the syntax tree alone, and leave no file behind.
+    """
     monkeypatch.chdir(tmp_path)
     secret = tmp_path / "secret.csv"
     secret.write_text("a,b\n1,2\n")
     with pytest.raises(UsageError) as caught:
         admit(statement.replace("{file}", str(secret)))
     assert "\n" not in str(caught.value)
-    assert os.listdir(tmp_path) == ["secret.csv"]
+    assert [path.name for path in tmp_path.iterdir()] == ["secret.csv"]
 
 
 def admit(statement: str) -> None:
@@ -122,7 +122,7 @@ def admit(statement: str) -> None:
     sandbox.lock(connection, {"spill": "", "threads": 1, "memory": 1 << 27, "timeout": 5})
     try:
         connection.execute(sandbox.admitted(connection, statement, ["t"]))
-    except (sandbox.Refused, duckdb.Error) as error:
+    except (sandbox.RefusedError, duckdb.Error) as error:
         raise UsageError(str(error).split("\n")[0]) from error
 
 
@@ -133,7 +133,8 @@ def admit(statement: str) -> None:
 )  # fmt: skip
 def test_locked_connection_holds_without_the_tree_check(statement: str, tmp_path: Path) -> None:
     """The second fence holds alone: a locked connection refuses files to a statement that was
-    never checked."""
+    never checked.
+    """
     import duckdb
 
     from curate import sandbox
@@ -143,13 +144,13 @@ def test_locked_connection_holds_without_the_tree_check(statement: str, tmp_path
     sandbox.lock(connection, {"spill": "", "threads": 1, "memory": 1 << 27, "timeout": 5})
     with pytest.raises(duckdb.Error):
         connection.execute(statement.replace("{out}", str(tmp_path / "out")))
-    assert not os.listdir(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_writing_is_refused_end_to_end(tmp_path: Path) -> None:
     """Through the whole path a COPY inside a WITH names what it is and writes nothing."""
     target = tmp_path / "stolen.csv"
-    with pytest.raises(UsageError, match="only statements that read are run here.*COPY"):
+    with pytest.raises(UsageError, match=r"only statements that read are run here.*COPY"):
         ask(f"WITH c AS (COPY t TO '{target}') SELECT 1")
     assert not target.exists()
 

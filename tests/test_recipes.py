@@ -86,7 +86,7 @@ def test_a_larger_pool_leaves_the_clean_sets_alone() -> None:
 def test_too_many_easy_problems_are_refused() -> None:
     """A source that has run out of unused prompts is one clear error, not an endless loop."""
     with pytest.raises(ValueError, match="no unused easy problem"):
-        arithmetic.make_sets(train={"easy": 3000}, query={}, evaluation={}, seed=0)
+        arithmetic.make_sets(train={"easy": 4000}, query={}, evaluation={}, seed=0)
 
 
 def test_rows_are_written_with_ids(tmp_path: Path) -> None:

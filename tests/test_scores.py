@@ -58,7 +58,7 @@ def brute(made: Made, members: list[int], *, tied: bool, cosine: bool = False) -
         square = (vectors[0] ** 2).sum(axis=1)
         parts["vs"].append(eta**2 * (norm**2 * square[None] + steps_p**2) / dim)
     s, e, late_sum, vt, ve, vl, cov, vs = (np.sum(parts[key], axis=0) for key in parts)
-    a, b = 1 / e.std(), 1 / late_sum.std()
+    a, b = (1 / w.std() if w.std() > 0 else 0.0 for w in (e, late_sum))
     size = np.abs(s)
     return {
         **{f"s{t + 1:02d}": s[:, t] for t in range(steps)},
@@ -142,10 +142,9 @@ def test_tops_and_pairs(tmp_path: Path, tied: bool) -> None:
         order = np.argsort(-expected["total"], kind="stable")[:5]
         assert best["row"].to_list() == order.tolist()
         assert best["rank"].to_list() == [1, 2, 3, 4, 5]
-        if DEPTHS[query] > 1:
-            np.testing.assert_allclose(
-                best["contrast"].to_numpy(), expected["contrast"][order], rtol=1e-3, atol=1e-4
-            )
+        np.testing.assert_allclose(
+            best["contrast"].to_numpy(), expected["contrast"][order], rtol=1e-3, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -175,12 +174,13 @@ def test_idempotent_refused_and_replaced(tmp_path: Path) -> None:
     before = run.manifest
     score_run(run, "test", top_k=3)
     assert run.manifest == before
-    with pytest.raises(CurateError, match="other settings.*--overwrite"):
+    with pytest.raises(CurateError, match=r"other settings.*--overwrite"):
         score_run(run, "test", top_k=3, kind="cosine")
     score_run(run, "test", top_k=3, kind="cosine", overwrite=True)
     assert run.influence_entry("test").kind == "cosine"
-    files = [p for p in (run.path / "influence").rglob("*.parquet")]
-    assert len(files) == 1 and not (run.path / "scratch" / "test").exists()
+    files = list((run.path / "influence").rglob("*.parquet"))
+    assert len(files) == 1
+    assert not (run.path / "scratch" / "test").exists()
     run.verify()
 
 
@@ -198,7 +198,7 @@ def test_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         score_run(broken, "test", group_by="topic", progress=stop)
     assert not broken.manifest.influence
     seen: list[int] = []
-    score_run(broken, "test", group_by="topic", progress=lambda done, of: seen.append(done))
+    score_run(broken, "test", group_by="topic", progress=lambda done, _: seen.append(done))
     assert seen == [32, 41]
     for name, entry in whole.manifest.influence.items():
         assert [f.sha256 for f in entry.parts] == [
@@ -225,3 +225,18 @@ def test_bad_settings(tmp_path: Path, options: dict[str, Any], message: str) -> 
     with pytest.raises(UsageError, match=message):
         score_run(run, "test", **options)
     assert not run.manifest.influence
+
+
+def test_memory_does_not_grow(tmp_path: Path) -> None:
+    """Four times the rows take no more anonymous memory at the peak."""
+    import tracemalloc
+
+    peaks = []
+    for rows in (6000, 24000):
+        run = make(tmp_path / f"run{rows}" / "run", rows=rows, shard_rows=2000).run
+        tracemalloc.start()
+        score_run(run, "test", top_k=3)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    # Tables of a part, norms and ids take a few dozen bytes a row; vectors would take 64 and more.
+    assert peaks[1] - peaks[0] < 18000 * 4 * 64

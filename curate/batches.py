@@ -1,0 +1,91 @@
+"""Batches by a padded-token budget: a function of the rows' lengths and the budget alone.
+
+Rows are sorted by length, longest first and ties by row, and cut where rows × longest would pass
+the budget. Little is padding then, and the first batch is the one that needs the most memory.
+Padding is on the right, masked out and no target, so that a row's loss does not depend on the batch
+it is in. A row longer than the budget is a batch of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from curate.errors import UsageError
+from curate.tokens import IGNORE
+
+if TYPE_CHECKING:
+    from curate.examples import ExampleSet
+
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows padded on the right: `rows` int64 (B,), `ids`, and tensors (B, T) int64.
+
+    `tensors` holds input_ids, attention_mask (1 on the row's own tokens) and labels (-100 where a
+    token is no target). Labels are aligned with input_ids: the loss shifts, not the batch.
+    """
+
+    rows: Rows
+    ids: list[str]
+    tensors: dict[str, torch.Tensor]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are not padding."""
+        return int(self.tensors["attention_mask"].sum())
+
+
+def plan(lengths: Rows, budget_tokens: int) -> list[Rows]:
+    """Places in `lengths` (N,), grouped into batches, each place once."""
+    if budget_tokens < 1:
+        raise UsageError(f"the token budget of a batch is {budget_tokens}; it must be at least 1")
+    order = np.lexsort((np.arange(len(lengths)), -lengths))
+    groups, at = [], 0
+    while at < len(order):
+        count = max(1, budget_tokens // max(1, int(lengths[order[at]])))
+        groups.append(order[at : at + count])
+        at += count
+    return groups
+
+
+def batches(
+    examples: ExampleSet,
+    *,
+    budget_tokens: int,
+    pad_id: int | None = None,
+    rows: Sequence[int] | Rows | None = None,
+) -> Iterator[Batch]:
+    """Yield every row of `rows` (all by default) once, longest first, B × T ≤ budget_tokens.
+
+    `pad_id` is the set's own by default. Whatever order `rows` come in, the batches are the same.
+    """
+    chosen = np.arange(len(examples)) if rows is None else np.sort(np.asarray(rows, dtype=np.int64))
+    lengths = examples.lengths_of(chosen)
+    ids = examples.ids(chosen)
+    pad = examples.pad_id if pad_id is None else pad_id
+    for group in plan(lengths, budget_tokens):
+        tensors = padded([examples.tokens(int(row)) for row in chosen[group]], pad)
+        yield Batch(chosen[group], [ids[place] for place in group], tensors)
+
+
+def padded(
+    rows: Sequence[tuple[NDArray[np.int32], NDArray[np.int32]]], pad_id: int
+) -> dict[str, torch.Tensor]:
+    """input_ids, attention_mask and labels (B, T) of B pairs (input_ids, labels), each (T_b,)."""
+    shape = (len(rows), max(len(ids) for ids, _ in rows))
+    tokens = np.full(shape, pad_id, dtype=np.int64)
+    labels = np.full(shape, IGNORE, dtype=np.int64)
+    mask = np.zeros(shape, dtype=np.int64)
+    for at, (own, targets) in enumerate(rows):
+        tokens[at, : len(own)], labels[at, : len(own)] = own, targets
+        mask[at, : len(own)] = 1
+    named = {"input_ids": tokens, "attention_mask": mask, "labels": labels}
+    return {name: torch.from_numpy(array) for name, array in named.items()}

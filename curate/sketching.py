@@ -1,0 +1,352 @@
+"""Sketch the examples of a run: every checkpoint, every set, only what is missing.
+
+The unit of work is a shard: a contiguous range of rows at one checkpoint. Its rows are batched by
+length, sketched, quantised into a buffer, written, and then listed in the manifest, all kinds in
+one step. Nothing else is kept between shards, so memory does not grow with the rows, and a process
+that is killed loses the shard it was at. What the batches are depends on the manifest only
+(`curate.shardplan`); the budget of padded tokens is therefore recorded with the first shard and
+stays, whatever a later call asks for.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import sdi
+from curate import shardplan
+from curate.batches import Batch, batches
+from curate.errors import CurateError, UsageError
+from curate.examples import ExampleSet
+from curate.manifest import CheckpointEntry, LoopEntry, ModelEntry, SketchEntry
+from curate.rundir import RunDirectory
+from curate.shardbuffer import ShardBuffer
+from curate.shardplan import ShardTask
+from sdi.checkpoints import Checkpoint, fingerprint, load_weights, settle_weights
+
+Progress = Callable[[str, int, int], None]
+Loss = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
+
+
+def _silent(label: str, done: int, total: int) -> None:
+    """Report nothing."""
+
+
+@dataclass(frozen=True)
+class SketchOptions:
+    """How examples become sketches.
+
+    Attributes:
+        dim, seed: M and the seed of the hashes.
+        store: "steps" keeps steps and totals of training rows, "totals" the totals alone.
+        budget_tokens: most padded tokens B × T of a batch.
+        shard_rows: most rows of a shard; deep or wide sketches have fewer.
+        loss: per-example loss, (model, batch) → (B,).
+        method: how sketches are evaluated; changes nothing beyond rounding.
+        check_rows: rows of the first batch that are checked against autograd; 0 is no check.
+        device: where the model runs; None is a GPU where there is one.
+    """
+
+    dim: int = 4096
+    seed: int = 0
+    store: Literal["steps", "totals"] = "steps"
+    budget_tokens: int = 8192
+    shard_rows: int = shardplan.MOST_ROWS
+    loss: Loss = sdi.causal_lm_loss
+    method: str = "auto"
+    check_rows: int = 2
+    device: str | None = None
+
+
+@dataclass(frozen=True)
+class LoopOptions:
+    """The loop body by its dotted names, and whether its weights are the same at every step."""
+
+    body: tuple[str, ...]
+    tied: bool = True
+
+
+class SketcherLike(Protocol):
+    """What is used of `sdi.Sketcher`."""
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """What the sketch depends on."""
+
+    @property
+    def coverage(self) -> dict[str, Any]:
+        """What was attributed, and by which rules."""
+
+    def __call__(self, batch: dict[str, Tensor], ids: Sequence[str]) -> sdi.Part:
+        """Sketch one batch."""
+
+
+@dataclass(frozen=True)
+class Instruments:
+    """What measures and what checks it; replaced in tests."""
+
+    sketcher: Callable[..., Any] = sdi.Sketcher
+    check: Callable[..., Any] = sdi.self_check
+
+
+@dataclass(frozen=True)
+class SketchReport:
+    """What a call did: shards and rows written (0 where nothing was missing), by set name."""
+
+    shards: int
+    rows: dict[str, int] = field(default_factory=dict)
+
+
+def sketch_run(
+    run: RunDirectory,
+    model_factory: Callable[[], nn.Module],
+    loop: LoopOptions,
+    checkpoints: Sequence[Checkpoint],
+    sets: Mapping[str, ExampleSet] | Sequence[str] | None = None,
+    options: SketchOptions | None = None,
+    progress: Progress = _silent,
+    *,
+    model_spec: Mapping[str, Any] | None = None,
+    instruments: Instruments | None = None,
+) -> SketchReport:
+    """Sketch what is missing of `sets` at `checkpoints`, and list it in the run's manifest.
+
+    Args:
+        run: its manifest must hold the sets (`RunDirectory.add_set`).
+        model_factory: makes the model; its weights are replaced by each checkpoint's.
+        loop: which part of the model is the loop body.
+        checkpoints: in the order that the manifest is to have; weights that are None are settled.
+        sets: example sets by name, or names; all of the run's by default, "eval" ones excepted.
+        options: how to sketch.
+        progress: called as (label, tokens done, tokens in all), both counted over the whole run.
+        model_spec: how the model was made, for the manifest.
+
+    Raises:
+        CurateError: the run holds sketches of another model, checkpoint or spec.
+        SdiError: the model cannot be sketched correctly, a loss is not finite, a disk is full.
+    """
+    session = _Session(
+        run, loop, options or SketchOptions(), instruments or Instruments(), progress
+    )
+    with run.writing():
+        return session.go(model_factory(), dict(model_spec or {}), checkpoints, _opened(run, sets))
+
+
+def _opened(
+    run: RunDirectory, sets: Mapping[str, ExampleSet] | Sequence[str] | None
+) -> dict[str, ExampleSet]:
+    if isinstance(sets, Mapping):
+        missing = sorted(set(sets) - set(run.manifest.sets))
+        if missing:
+            raise CurateError(f"set '{missing[0]}' is not in the run: add_set takes it over first")
+        return dict(sets)
+    known = run.manifest.sets
+    names = [name for name in known if known[name].role != "eval"] if sets is None else sets
+    return {name: run.example_set(name) for name in names}
+
+
+@dataclass
+class _Session:
+    """One call of `sketch_run`: what it works with, and how far it has come."""
+
+    run: RunDirectory
+    loop: LoopOptions
+    options: SketchOptions
+    instruments: Instruments
+    progress: Progress
+    done: int = 0
+    total: int = 0
+
+    def go(
+        self,
+        model: nn.Module,
+        model_spec: dict[str, Any],
+        checkpoints: Sequence[Checkpoint],
+        sets: dict[str, ExampleSet],
+    ) -> SketchReport:
+        """Everything, under the writer's lock."""
+        if not sets or not any(len(examples) for examples in sets.values()):
+            raise UsageError("there is nothing to sketch: the run has no rows")
+        model = model.to(_device(self.options.device)).eval()
+        body = sdi.Loop(model, list(self.loop.body), tied=self.loop.tied)
+        self._settle(body, model_spec, settle_weights(checkpoints))
+        first = next(examples for examples in sets.values() if len(examples))
+        self._fix_plan(body, checkpoints[0], first)
+        work = [(checkpoint, self._tasks(checkpoint.name, sets)) for checkpoint in checkpoints]
+        self._count(sets, work)
+        rows: dict[str, int] = {}
+        for checkpoint, tasks in work:
+            for task in self._checkpoint(body, checkpoint, tasks, sets):
+                rows[task.set] = rows.get(task.set, 0) + task.last - task.first
+        return SketchReport(sum(len(tasks) for _, tasks in work), rows)
+
+    def _settle(
+        self, body: sdi.Loop, model_spec: dict[str, Any], checkpoints: Sequence[Checkpoint]
+    ) -> None:
+        """Record model, loop, spec and checkpoints, or refuse to mix."""
+        spec = dict(self._sketcher(body, "").spec)
+        named = {key: spec.pop(key) for key in ("version", "seed", "dim")}
+        hashed = {key: spec[key] for key in sorted(spec) if key not in ("checkpoint", "method")}
+        loss = getattr(self.options.loss, "__name__", type(self.options.loss).__name__)
+        self.run.settle(
+            ModelEntry(
+                spec=model_spec,
+                fingerprint=body.fingerprint(),
+                parameters=sum(p.numel() for p in body.model.parameters()),
+            ),
+            LoopEntry(body=self.loop.body, tied=self.loop.tied, coverage=body.coverage()),
+            SketchEntry(**named, options={"loss": loss, **hashed}),
+        )
+        for checkpoint in checkpoints:
+            entry = CheckpointEntry(
+                name=checkpoint.name,
+                path=str(checkpoint.path),
+                weight=1.0 if checkpoint.weight is None else checkpoint.weight,
+                weight_source=checkpoint.weight_source,
+                fingerprint=fingerprint(checkpoint.path),
+            )
+            self.run.settle_checkpoint(entry)
+
+    def _fix_plan(self, body: sdi.Loop, checkpoint: Checkpoint, examples: ExampleSet) -> None:
+        """Record what batches and shards depend on, before the first shard and never after it.
+
+        The shortest row tells the depth.
+        """
+        if self.run.manifest.shard_rows is not None and self.run.manifest.shards:
+            return
+        load_weights(body.model, checkpoint.path)
+        shortest = int(np.argmin(examples.lengths))
+        batch = next(batches(examples, budget_tokens=self.options.budget_tokens, rows=[shortest]))
+        part = self._sketch(self._sketcher(body, checkpoint.name), batch)
+        most = shardplan.shard_rows(len(part.steps), self.options.dim)
+        self.run.note(
+            batch_budget=self.options.budget_tokens, shard_rows=min(most, self.options.shard_rows)
+        )
+
+    def _tasks(self, checkpoint: str, sets: Mapping[str, ExampleSet]) -> list[ShardTask]:
+        manifest = self.run.manifest
+        assert manifest.shard_rows is not None
+        found: list[ShardTask] = []
+        for name in sets:
+            role = manifest.sets[name].role
+            kinds = shardplan.stored_kinds(role, tied=self.loop.tied, store=self.options.store)
+            found += shardplan.tasks(manifest, name, checkpoint, kinds, manifest.shard_rows)
+        return found
+
+    def _count(
+        self,
+        sets: Mapping[str, ExampleSet],
+        work: Sequence[tuple[Checkpoint, list[ShardTask]]],
+    ) -> None:
+        """Tokens in all, and those that an earlier call has done, for an honest ETA."""
+        lengths = {name: np.asarray(examples.lengths) for name, examples in sets.items()}
+        left = sum(
+            int(lengths[task.set][task.first : task.last].sum()) for _, ts in work for task in ts
+        )
+        self.total = len(work) * sum(int(values.sum()) for values in lengths.values())
+        self.done = self.total - left
+
+    def _checkpoint(
+        self,
+        body: sdi.Loop,
+        checkpoint: Checkpoint,
+        tasks: Sequence[ShardTask],
+        sets: Mapping[str, ExampleSet],
+    ) -> Iterator[ShardTask]:
+        """Load a checkpoint, check the sketcher on its first batch, then shard by shard."""
+        if not tasks:
+            return
+        load_weights(body.model, checkpoint.path)
+        sketcher = self._sketcher(body, checkpoint.name)
+        self._check(sketcher, checkpoint.name, tasks[0], sets[tasks[0].set])
+        for task in tasks:
+            self._shard(sketcher, task, sets[task.set])
+            yield task
+
+    def _check(
+        self, sketcher: SketcherLike, checkpoint: str, task: ShardTask, examples: ExampleSet
+    ) -> None:
+        """Compare the first batch with per-row autograd; the report goes into the manifest."""
+        if not self.options.check_rows:
+            return
+        batch = next(self._batches(task, examples))
+        rows = min(self.options.check_rows, len(batch.ids))
+        tensors = self._tensors(batch)
+        with _seeded(task.first):
+            report = self.instruments.check(sketcher, tensors, batch.ids, rows=rows).as_dict()
+        self.run.update(
+            lambda m: m.model_copy(update={"self_check": {**m.self_check, checkpoint: report}})
+        )
+
+    def _shard(self, sketcher: SketcherLike, task: ShardTask, examples: ExampleSet) -> None:
+        """Sketch one shard's rows, write them, list them."""
+        role = self.run.manifest.sets[task.set].role
+        kinds = shardplan.stored_kinds(role, tied=self.loop.tied, store=self.options.store)
+        buffer = ShardBuffer(task, kinds)
+        label = f"sketch {task.set} at {task.checkpoint}"
+        lengths = np.asarray(examples.lengths)
+        self.progress(label, self.done, self.total)
+        for batch in self._batches(task, examples):
+            buffer.put(np.asarray(batch.rows), self._sketch(sketcher, batch))
+            self.done += int(lengths[batch.rows].sum())
+            self.progress(label, self.done, self.total)
+        entries = buffer.write(self.run.sketches_directory(task.set, task.checkpoint))
+        self.run.add_shards(entries, buffer.labels, dict(sketcher.coverage))
+
+    def _batches(self, task: ShardTask, examples: ExampleSet) -> Iterator[Batch]:
+        budget = self.run.manifest.batch_budget
+        assert budget is not None
+        return batches(examples, budget_tokens=budget, rows=range(task.first, task.last))
+
+    def _sketcher(self, body: sdi.Loop, checkpoint: str) -> SketcherLike:
+        options = self.options
+        made: SketcherLike = self.instruments.sketcher(
+            body,
+            dim=options.dim,
+            seed=options.seed,
+            checkpoint=checkpoint,
+            loss=options.loss,
+            method=options.method,
+        )
+        return made
+
+    def _sketch(self, sketcher: SketcherLike, batch: Batch) -> sdi.Part:
+        """One batch; an index outside an embedding gets a line that says what to look at."""
+        try:
+            with _seeded(int(batch.rows[0])):
+                return sketcher(self._tensors(batch), ids=batch.ids)
+        except IndexError as error:
+            ids = batch.tensors["input_ids"]
+            raise CurateError(
+                f"the model has no entry for a token or a position of these rows ({error}): the "
+                f"longest is {ids.shape[1]} tokens ('{batch.ids[0]}'), the largest token id "
+                f"{int(ids.max())}. Give max_tokens as the model's context, and the tokenizer it "
+                f"was trained with"
+            ) from error
+
+    def _tensors(self, batch: Batch) -> dict[str, Tensor]:
+        device = _device(self.options.device)
+        return {name: value.to(device) for name, value in batch.tensors.items()}
+
+
+@contextmanager
+def _seeded(row: int) -> Iterator[None]:
+    """Fix torch's random numbers for models that draw some (an initial state), and put them back.
+
+    They depend on the batch and not on what ran before, so that a resumed run draws the same.
+    """
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(zlib.crc32(f"row {row}".encode()))
+        yield
+
+
+def _device(name: str | None) -> torch.device:
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
