@@ -25,12 +25,10 @@ def profile(run: RunDirectory, query: str, by: str | None = "source") -> pl.Data
     """Mean influence of each step for each value of a column of the training set.
 
     Returns:
-        by, step (from 1), rows, mean (of SDI_t), mean_se (noise of the sketch; NULL where no
         by, step (from 1), rows, mean (of SDI_t), mean_se (noise of the sketch; NULL where no closed
         form holds: preconditioned, cosine, maximum over groups), absolute (mean |SDI_t|),
         signed_share (mean over the sum of the means), energy (Σ |SDI_t| over the rows). Sorted by
         value and step.
-        energy (Σ |SDI_t| over the rows). Sorted by value and step.
 
     Raises:
         UsageError: no such column.

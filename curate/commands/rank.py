@@ -14,7 +14,6 @@ from curate.commands.options import (
 )
 from curate.console import emit
 
-
 PRINTED = (
     *("rank", "row", "id", "source", "score", "score_se"),
     *("early", "late", "total", "contrast", "peak", "centre", "text"),
