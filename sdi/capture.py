@@ -22,24 +22,24 @@ Python (`multi_head_attention_forward`) are entered. Compiled models run eagerly
 
 from __future__ import annotations
 
-import types
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sdi import rules
 from sdi.errors import CaptureError, LoopError
 from sdi.loop import Loop, StepCounter
+from sdi.rowtags import is_tagged, leaves, tag, tagged
 from sdi.rules.elementwise import add_rule
 from sdi.rules.generic import generic_rule
 from sdi.rules.use import Use, Weight
 from sdi.sinks import Sink
+from sdi.torchcalls import entered, is_composite, origin, reachable
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -53,7 +53,6 @@ _IN_PLACE: dict[Any, Any] = {
 }
 _IN_PLACE |= {Tensor.__itruediv__: Tensor.div, Tensor.add_: Tensor.add, Tensor.mul_: Tensor.mul}
 _IN_PLACE |= {Tensor.sub_: Tensor.sub, Tensor.div_: Tensor.div}
-_ROWS = "_sdi_rows"
 
 
 @dataclass
@@ -97,13 +96,13 @@ def capture(
         stack.enter_context(_counting(loop, mode))
         stack.enter_context(torch.enable_grad())
         with mode:
-            losses = loss(loop.model, _tagged(batch, size))
+            losses = loss(loop.model, tagged(batch, size))
         check(losses)
         mode.refuse_after_forward(losses)
         mode.replaying = True
         total = losses.sum()
         with mode:  # entered: as a torch call of its own, backward would hide all recomputation
-            _entered(torch.autograd.backward)(total)
+            entered(torch.autograd.backward)(total)
         mode.release()
     return Trace(losses.detach(), mode.steps.count, mode.detached_steps(), mode.served)
 
@@ -146,37 +145,6 @@ def _counting(loop: Loop, mode: _CaptureMode) -> Iterator[None]:
             handle.remove()
 
 
-def _tagged(batch: Any, size: int) -> Any:
-    """Aliases of the batch's tensors, tagged as carrying rows where B divides their first axis."""
-    if isinstance(batch, Tensor):
-        alias = batch.detach()
-        if alias.ndim and alias.shape[0] % size == 0:
-            setattr(alias, _ROWS, True)
-        return alias
-    if isinstance(batch, dict):
-        return {key: _tagged(value, size) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_tagged(value, size) for value in batch))
-    if isinstance(batch, list | tuple):
-        return type(batch)(_tagged(value, size) for value in batch)
-    return batch
-
-
-def _leaves(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _leaves(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _leaves(item)
-
-
-def _is_rowwise(value: Any) -> bool:
-    return isinstance(value, Tensor) and getattr(value, _ROWS, False)
-
-
 class _CaptureMode(TorchFunctionMode):
     """Sees every torch call; see the module's docstring."""
 
@@ -199,41 +167,41 @@ class _CaptureMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        weights = [t for t in _leaves((args, kwargs)) if id(t) in self._weights]
+        weights = [t for t in leaves((args, kwargs)) if id(t) in self._weights]
         if not weights:
             return self._plain(func, args, kwargs)
         if func in _CONSTANTS or not torch.is_grad_enabled():
             return self._blind_use(func, args, kwargs)
-        rowwise = any(self._carries_rows(t) for t in _leaves((args, kwargs)))
-        if rules.find(func) is None and _is_composite(func):
+        rowwise = any(self._carries_rows(t) for t in leaves((args, kwargs)))
+        if rules.find(func) is None and is_composite(func):
             with self:
-                return _entered(func)(*args, **kwargs)
+                return entered(func)(*args, **kwargs)
         return self._use(func, args, kwargs) if rowwise else self._derive(func, args, kwargs)
 
     # -- the kinds of call ---------------------------------------------------------------------
 
     def _plain(self, func: Any, args: Any, kwargs: Any) -> Any:
         output = func(*args, **kwargs)
-        if any(self._carries_rows(t) for t in _leaves((args, kwargs))):
-            _tag(output)
+        if any(self._carries_rows(t) for t in leaves((args, kwargs))):
+            tag(output)
         return output
 
     def _blind_use(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A use without a gradient: nothing flows, and the step is reported as detached."""
         output = func(*args, **kwargs)
-        if any(self._carries_rows(t) for t in _leaves((args, kwargs))):
-            _tag(output)
+        if any(self._carries_rows(t) for t in leaves((args, kwargs))):
+            tag(output)
             if self.steps.current is not None and not self.replaying:
                 self._blind[self.steps.current] = getattr(func, "__name__", str(func))
         return output
 
     def _derive(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A function of parameters and constants alone: its result is a weight."""
-        parents = [self._weights[id(t)] for t in _leaves((args, kwargs)) if id(t) in self._weights]
+        parents = [self._weights[id(t)] for t in leaves((args, kwargs)) if id(t) in self._weights]
         with torch.autograd.graph.saved_tensors_hooks(_same, _same):
             output = func(*args, **kwargs)  # kept out of checkpointing, to be pulled back at once
         parameters = {name: p for w in parents for name, p in w.parameters.items()}
-        for tensor in _leaves(output):
+        for tensor in leaves(output):
             if tensor.is_floating_point() and tensor.requires_grad:
                 weight = Weight(tensor, None, False, parameters)
                 if func in _TRANSPOSES and parents[0].name and tensor.ndim == 2:
@@ -247,8 +215,8 @@ class _CaptureMode(TorchFunctionMode):
     def _use(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A parameter meets activations: run with the weights detached, and hook the output."""
         if func in _IN_PLACE:
-            result = self._use(_IN_PLACE[func], (_tag(args[0].clone()), *args[1:]), kwargs)
-            return _tag(args[0].copy_(result))
+            result = self._use(_IN_PLACE[func], (tag(args[0].clone()), *args[1:]), kwargs)
+            return tag(args[0].copy_(result))
         self._refuse_writes(func, args, kwargs)
         weights: dict[tuple[str, Any], Weight] = {}
 
@@ -261,8 +229,8 @@ class _CaptureMode(TorchFunctionMode):
             if id(value) in self._weights:
                 weights[at] = self._weights[id(value)]
                 return value.detach()
-            if record and (value.requires_grad or _is_rowwise(value)):
-                return _tag(value.detach())
+            if record and (value.requires_grad or is_tagged(value)):
+                return tag(value.detach())
             return value
 
         run = [swap(("args", i), v, False) for i, v in enumerate(args)]
@@ -271,8 +239,8 @@ class _CaptureMode(TorchFunctionMode):
         if not isinstance(output, Tensor):
             return self._many_outputs(func, weights, output)
         if not output.is_floating_point():
-            return _tag(output)
-        if output._is_view() and _origin(output) is output:
+            return tag(output)
+        if output._is_view() and origin(output) is output:
             output = output.clone()
         if not output.requires_grad:
             output = output.detach().requires_grad_().clone()  # no leaf: it may change in place
@@ -282,7 +250,7 @@ class _CaptureMode(TorchFunctionMode):
             kept = [swap(("args", i), v, True) for i, v in enumerate(args)]
             kept_named = {k: swap(("kwargs", k), v, True) for k, v in kwargs.items()}
             self._record(func, kept, kept_named, weights, output)
-        return _tag(output)
+        return tag(output)
 
     def _refuse_reentrant(self, weights: dict[Any, Weight]) -> None:
         if self._blind:
@@ -303,20 +271,20 @@ class _CaptureMode(TorchFunctionMode):
             self._outside |= {n for w in weights.values() for n in w.parameters}
             return
         self._used.add(step)
-        versions = [(t, t._version) for t in _leaves((args, kwargs)) if _is_rowwise(t)]
+        versions = [(t, t._version) for t in leaves((args, kwargs)) if is_tagged(t)]
         use = Use(
-            func, tuple(args), kwargs, weights, step, self._size, self._sink, _is_rowwise,
+            func, tuple(args), kwargs, weights, step, self._size, self._sink, is_tagged,
             torch.empty(0), versions,
         )  # fmt: skip
         self._unmade[id(use)] = use
-        origin, shape = _origin(output), output.shape
+        hooked, shape = origin(output), output.shape
 
         def receive(delta: Tensor) -> None:
             if self._unmade.pop(id(use), None) is not None:
                 self._serve(replace(use, delta=delta.detach().reshape(shape)))
                 use.args, use.kwargs, use.versions = (), {}, []  # the graph keeps this closure
 
-        origin.register_hook(receive)  # type: ignore[no-untyped-call]
+        hooked.register_hook(receive)  # type: ignore[no-untyped-call]
 
     def _serve(self, use: Use) -> None:
         with torch.no_grad(), torch._C.DisableTorchFunction():
@@ -336,9 +304,7 @@ class _CaptureMode(TorchFunctionMode):
         name = str(getattr(func, "__name__", func))
         writes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
         if writes or kwargs.get("out") is not None:
-            found = [
-                self._weights[id(t)] for t in _leaves((args, kwargs)) if id(t) in self._weights
-            ]
+            found = [self._weights[id(t)] for t in leaves((args, kwargs)) if id(t) in self._weights]
             names = ", ".join(sorted({n for w in found for n in w.parameters}))
             raise CaptureError(
                 f"{names}: '{name}' writes a parameter's values into an activation in place, which "
@@ -347,7 +313,7 @@ class _CaptureMode(TorchFunctionMode):
 
     def _many_outputs(self, func: Any, weights: dict[Any, Weight], output: Any) -> Any:
         names = ", ".join(sorted({n for w in weights.values() for n in w.parameters}))
-        if not any(t.is_floating_point() for t in _leaves(output)):
+        if not any(t.is_floating_point() for t in leaves(output)):
             return output
         raise CaptureError(
             f"{names}: {getattr(func, '__name__', func)} returns several tensors, which cannot be "
@@ -357,7 +323,7 @@ class _CaptureMode(TorchFunctionMode):
     def _carries_rows(self, tensor: Tensor) -> bool:
         if id(tensor) in self._weights:
             return False
-        return getattr(tensor, _ROWS, False) or tensor.requires_grad
+        return is_tagged(tensor) or tensor.requires_grad
 
     # -- refusals ------------------------------------------------------------------------------
 
@@ -380,7 +346,7 @@ class _CaptureMode(TorchFunctionMode):
                 f"no gradient of the loss reaches the body {names}: every step ran detached or "
                 f"under no_grad. Run at least the last step with gradients."
             )
-        unseen = sorted(_reachable(losses, self._names))
+        unseen = sorted(reachable(losses, self._names))
         if unseen:
             raise CaptureError(
                 f"{', '.join(unseen)}: used by an operation that cannot be seen (a custom autograd "
@@ -401,58 +367,3 @@ class _CaptureMode(TorchFunctionMode):
 
 def _same(tensor: Tensor) -> Tensor:
     return tensor
-
-
-def _origin(output: Tensor) -> Tensor:
-    """Where to hook an output: its base if it is a plain reshape of it, else the output itself.
-
-    `F.linear` returns a view of its product. An in-place activation rewrites the view's history,
-    and a hook on it would never be called; the base keeps its own.
-    """
-    base = output._base
-    whole = base is not None and base.numel() == output.numel() and base.grad_fn is not None
-    whole = whole and base is not None and base.is_contiguous() and output.is_contiguous()
-    return base if whole and base is not None else output
-
-
-def _tag(output: Any) -> Any:
-    for tensor in _leaves(output):
-        setattr(tensor, _ROWS, True)
-    return output
-
-
-def _reachable(losses: Tensor, names: dict[int, str]) -> set[str]:
-    """Names of the parameters at the leaves of the loss's graph."""
-    found: set[str] = set()
-    seen: set[Any] = set()
-    todo = [losses.grad_fn]
-    while todo:
-        node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) in names:
-            found.add(names[id(variable)])
-        todo.extend(parent for parent, _ in node.next_functions)
-    return found
-
-
-def _is_composite(func: Any) -> bool:
-    """A function of torch.nn.functional that is written in Python."""
-    return isinstance(func, types.FunctionType) and func.__module__ == F.__name__
-
-
-def _entered(func: Any) -> types.FunctionType:
-    """A copy of a composite function that does not dispatch itself, so its inner calls are seen."""
-    off = {
-        name: (lambda *_: False)
-        for name in func.__globals__
-        if name.startswith("has_torch_function")
-    }
-    scope = {**func.__globals__, **off}
-    copy = types.FunctionType(
-        func.__code__, scope, func.__name__, func.__defaults__, func.__closure__
-    )
-    copy.__kwdefaults__ = func.__kwdefaults__
-    return copy

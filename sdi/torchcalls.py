@@ -1,0 +1,58 @@
+"""Facts about torch calls and autograd graphs that capture relies on."""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def is_composite(func: Any) -> bool:
+    """A function of torch.nn.functional that is written in Python."""
+    return isinstance(func, types.FunctionType) and func.__module__ == F.__name__
+
+
+def entered(func: Any) -> types.FunctionType:
+    """A copy of a composite function that does not dispatch itself, so its inner calls are seen."""
+    off = {
+        name: (lambda *_: False)
+        for name in func.__globals__
+        if name.startswith("has_torch_function")
+    }
+    scope = {**func.__globals__, **off}
+    copy = types.FunctionType(
+        func.__code__, scope, func.__name__, func.__defaults__, func.__closure__
+    )
+    copy.__kwdefaults__ = func.__kwdefaults__
+    return copy
+
+
+def reachable(losses: Tensor, names: dict[int, str]) -> set[str]:
+    """Names of the parameters at the leaves of the loss's graph."""
+    found: set[str] = set()
+    seen: set[Any] = set()
+    todo = [losses.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) in names:
+            found.add(names[id(variable)])
+        todo.extend(parent for parent, _ in node.next_functions)
+    return found
+
+
+def origin(output: Tensor) -> Tensor:
+    """Where to hook an output: its base if it is a plain reshape of it, else the output itself.
+
+    `F.linear` returns a view of its product. An in-place activation rewrites the view's history,
+    and a hook on it would never be called; the base keeps its own.
+    """
+    base = output._base
+    whole = base is not None and base.numel() == output.numel() and base.grad_fn is not None
+    whole = whole and base is not None and base.is_contiguous() and output.is_contiguous()
+    return base if whole and base is not None else output
