@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
-import pyarrow.parquet as pq  # type: ignore[import-untyped]
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from curate import atomic
@@ -67,14 +67,8 @@ class ExampleStore:
         known = self._run.manifest.sets.get(examples.name)
         parts = sorted(staged.glob("part-*.parquet"))
         fingerprint = rows_fingerprint(parts)
-        if known and rows_fingerprint(parts, known.rows) != known.fingerprint:
-            raise CurateError(
-                f"the first {known.rows} rows of set '{examples.name}' are not those that were "
-                f"sketched (expected {known.fingerprint[:12]}, the data read now give "
-                f"{fingerprint[:12]}): a set may grow at its end only. Use another set name or "
-                f"another run directory"
-            )
         target = self._run.examples_directory(examples.name)
+        self._refuse_changed(examples.name, parts, target)
         if known and fingerprint == known.fingerprint and staged != target:
             shutil.rmtree(staged)
             self._run.update(lambda manifest: _with(manifest, examples, known))
@@ -84,6 +78,33 @@ class ExampleStore:
         self._run.update(lambda manifest: _with(manifest, examples, entry))
         shutil.rmtree(self._beside(examples.name, _REPLACED), ignore_errors=True)
         return replace(self.open(examples.name), role=examples.role)
+
+    def _refuse_changed(self, set_name: str, parts: list[Path], target: Path) -> None:
+        """Rows that were sketched must be those in `parts`, in the same places."""
+        fixed = self.fixed(set_name)
+        if not fixed:
+            return
+        there = sorted(target.glob("part-*.parquet"))
+        expected, seen = (rows_fingerprint(files, fixed) for files in (there, parts))
+        if seen != expected:
+            raise CurateError(
+                f"the first {fixed} rows of set '{set_name}' are not those that were sketched "
+                f"(expected {expected[:12]}, the data read now give {seen[:12]}): a set may grow "
+                f"at its end only. Use another set name or another run directory, or make the "
+                f"sketches again (curate run … --from sketch)"
+            )
+
+    def fixed(self, set_name: str) -> int:
+        """How many of the set's first rows something was made of, so that they may not change.
+
+        Rows that only stand in the table, such as those that stopped a run, may be mended.
+        """
+        manifest = self._run.manifest
+        entry = manifest.sets.get(set_name)
+        if entry is not None and entry.role == "eval" and manifest.shards:
+            return entry.rows  # never sketched, but what the results are judged by
+        ends = (shard.rows[1] for shard in manifest.shards if shard.set == set_name)
+        return max(ends, default=0) if entry is not None else 0
 
     def recover(self) -> None:
         """Undo a swap that the manifest never learned of; drop what staging left behind."""

@@ -241,7 +241,7 @@ def ordered_after(
         raise DataError(
             f"{', '.join(intake.spec.paths)} has lost {len(lost)} of {len(known_ids)} rows known "
             f"before, such as {known_ids[int(lost[0])]!r}; rows can be added to a run, not taken "
-            "away: start another run"
+            "away: start another run, or make the sketches again (curate run … --from sketch)"
         )
     known_or_new = np.concatenate([first, np.asarray(new, dtype=np.int64)])
     # Dropped rows come last; they take no number, but keep their reasons.

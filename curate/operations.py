@@ -86,7 +86,7 @@ def prepare_sets(job: Job) -> dict[str, ExampleSet]:
                 job.console.progress(label, done, total)
 
             loaded = load_examples(
-                spec, run.stage(name), name=name, known_ids=run.ids(name), progress=progress
+                spec, run.stage(name), name=name, known_ids=run.fixed_ids(name), progress=progress
             )
             sets[name] = run.add_set(loaded)
         others = [examples for examples in sets.values() if examples.role != "train"]

@@ -187,9 +187,8 @@ def _forget(run: RunDirectory, step: str, recipe: Recipe) -> None:
     """Take what `step` and those after it made out of the manifest, so that it is made again."""
     later = OPERATIONS[OPERATIONS.index(step) :]
     empty: dict[str, Any] = {}
-    if {"generate", "train"} & set(later):
-        empty |= {"sets": {}, "model": None, "loop": None, "checkpoints": ()}
     if "sketch" in later:
+        empty |= {"sets": {}, "model": None, "loop": None, "checkpoints": ()}
         empty |= {"sketch": None, "shards": (), "self_check": {}}
     if "score" in later:
         empty |= {"influence": {}}

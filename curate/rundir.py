@@ -229,7 +229,7 @@ class RunDirectory:
     def add_set(self, examples: ExampleSet) -> ExampleSet:
         """Take a persisted set over, from `stage(name)` or from `examples_directory(name)`.
 
-        A set that is already there may only have grown: its first rows must be the same.
+        A set that is already there may only have grown: the rows that were sketched must be there.
         Returns the set as opened from its place in the run.
 
         Raises:
@@ -248,6 +248,10 @@ class RunDirectory:
     def ids(self, set_name: str) -> list[str]:
         """The ids of a set's rows, in row order; empty where the run has no such set."""
         return self._store.ids(set_name)
+
+    def fixed_ids(self, set_name: str) -> list[str]:
+        """The ids of the rows that were sketched: they keep their numbers; the others may change."""
+        return self.ids(set_name)[: self._store.fixed(set_name)]
 
     def examples(self, set_name: str = "train") -> pl.LazyFrame:
         """A set's table in row order, with the columns of its side tables.

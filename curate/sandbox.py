@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import duckdb
-import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.dataset as arrow_dataset  # type: ignore[import-untyped]
+import pyarrow as pa
+import pyarrow.dataset as arrow_dataset
 
 SLACK = 1 << 30  # bytes beside DuckDB's own buffers: Arrow batches, threads, the interpreter
 READING_NODES = {"SELECT_NODE", "SET_OPERATION_NODE", "RECURSIVE_CTE_NODE", "CTE_NODE"}

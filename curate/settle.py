@@ -12,7 +12,10 @@ from typing import Any
 from curate.errors import CurateError
 from curate.manifest import CheckpointEntry, LoopEntry, Manifest, ModelEntry, SketchEntry
 
-_ADVICE = "sketch into another directory (--into), or ask for what this run has"
+_ADVICE = (
+    "sketch into another directory (--into), ask for what this run has, or make its sketches again "
+    "(curate run … --from sketch)"
+)
 
 
 def spec(manifest: Manifest, model: ModelEntry, loop: LoopEntry, sketch: SketchEntry) -> Manifest:

@@ -25,7 +25,7 @@ from curate import shardplan
 from curate.batches import Batch, batches
 from curate.errors import CurateError, UsageError
 from curate.examples import ExampleSet
-from curate.manifest import CheckpointEntry, LoopEntry, ModelEntry, SketchEntry
+from curate.manifest import CheckpointEntry, LoopEntry, Manifest, ModelEntry, SketchEntry
 from curate.rundir import RunDirectory
 from curate.shardbuffer import ShardBuffer
 from curate.shardplan import ShardTask
@@ -195,6 +195,7 @@ class _Session:
         named = {key: spec.pop(key) for key in ("version", "seed", "dim")}
         hashed = {key: spec[key] for key in sorted(spec) if key not in ("checkpoint", "method")}
         loss = getattr(self.options.loss, "__name__", type(self.options.loss).__name__)
+        self.run.update(_without_attempts)
         self.run.settle(
             ModelEntry(
                 spec=model_spec,
@@ -334,6 +335,17 @@ class _Session:
     def _tensors(self, batch: Batch) -> dict[str, Tensor]:
         device = _device(self.options.device)
         return {name: value.to(device) for name, value in batch.tensors.items()}
+
+
+def _without_attempts(manifest: Manifest) -> Manifest:
+    """The manifest without what failed before any sketch was made of it: nobody is held to it."""
+    used = {shard.checkpoint for shard in manifest.shards}
+    kept = tuple(entry for entry in manifest.checkpoints if entry.name in used)
+    checked = {name: report for name, report in manifest.self_check.items() if name in used}
+    update: dict[str, Any] = {"checkpoints": kept, "self_check": checked}
+    if not used:
+        update |= {"model": None, "loop": None, "sketch": None}
+    return manifest.model_copy(update=update)
 
 
 @contextmanager

@@ -138,7 +138,7 @@ def test_reentrant_checkpointing_is_refused() -> None:
     body = Custom(
         lambda m, x: checkpoint(m.a, x.requires_grad_(), use_reentrant=True), a=nn.Linear(16, 16)
     )
-    with pytest.raises(CaptureError, match="use_reentrant=False|no gradient"):
+    with pytest.raises(CaptureError, match=r"use_reentrant=False|no gradient"):
         sdi.Sketcher(sdi.Loop(make(body), "body"), dim=64)(tokens(), names(4))
 
 

@@ -22,8 +22,8 @@ from sdi.sketch.tensorsketch import Method
 class Sketcher:
     """Pooled TensorSketch of every step gradient of a loop.
 
-    For the (R, C) gradient G of a matrix, sketch(G)_k is the sum of
-    s_out(i)·s_in(j)·G_ij over h_out(i) + h_in(j) ≡ k (Pham & Pagh 2013); other parameters have a CountSketch; the sketches of all parameters are
+    For the (R, C) gradient G of a matrix, sketch(G)_k is the sum of s_out(i)·s_in(j)·G_ij over
+    h_out(i) + h_in(j) ≡ k modulo M (Pham & Pagh 2013); other parameters have a CountSketch; all are
     added. ⟨sketch(u), sketch(v)⟩ estimates ⟨u, v⟩ without bias over seeds, with variance about
     (‖u‖²‖v‖² + ⟨u, v⟩²)/M.
 

@@ -1,0 +1,1 @@
+"""Measurements: timings and memory, printed as tables; never part of a pass or a fail."""
