@@ -32,8 +32,8 @@ def replacing(path: Path) -> Iterator[Path]:
         _flush(temporary)
         temporary.replace(path)
         _flush(path.parent)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except Exception as error:  # polars raises a ComputeError where a disk is full
+        if not _disk_full(error):
             raise
         raise CurateError(
             f"no space left on the device while writing {path}: free some space and run the same "
@@ -41,6 +41,14 @@ def replacing(path: Path) -> Iterator[Path]:
         ) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _disk_full(error: Exception) -> bool:
+    """Whether the system refused to write for want of space, whoever reported it."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError) and error.errno in full:
+        return True
+    return any(f"(os error {number})" in str(error) for number in full)
 
 
 def write_bytes(path: Path, data: bytes) -> None:

@@ -9,6 +9,7 @@ Exit status: 0 done (a closed pipe included), 1 failed, 2 wrong usage or recipe,
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -132,6 +133,8 @@ def _failed(failure: Exception) -> int:
     text = " ".join(str(failure).split())
     if isinstance(code, int):
         return _said(text, code)
+    if isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT):
+        return _said(f"{text}: free some space and run the same command again", 1)
     if isinstance(failure, OSError | MemoryError):
         return _said(f"{type(failure).__name__}: {text or 'out of memory'}", 1)
     return _said(f"{type(failure).__name__}: {text} (CURATE_TRACEBACK=1 shows where)", 1)

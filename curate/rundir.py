@@ -250,7 +250,7 @@ class RunDirectory:
         return self._store.ids(set_name)
 
     def fixed_ids(self, set_name: str) -> list[str]:
-        """The ids of the rows that were sketched: they keep their numbers; the others may change."""
+        """The ids of the rows that were sketched, which keep their numbers; others may change."""
         return self.ids(set_name)[: self._store.fixed(set_name)]
 
     def examples(self, set_name: str = "train") -> pl.LazyFrame:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import sdi
 from curate import shardplan
-from curate.batches import Batch, batches
+from curate.batches import Batch, batches, plan
 from curate.errors import CurateError, UsageError
 from curate.examples import ExampleSet
 from curate.manifest import CheckpointEntry, LoopEntry, Manifest, ModelEntry, SketchEntry
@@ -266,25 +266,40 @@ class _Session:
             return
         load_weights(body.model, checkpoint.path)
         sketcher = self._sketcher(body, checkpoint.name)
-        self._check(sketcher, checkpoint.name, tasks[0], sets[tasks[0].set])
+        self._check(sketcher, checkpoint.name, tasks, sets)
         for task in tasks:
             self._shard(sketcher, task, sets[task.set])
             yield task
 
     def _check(
-        self, sketcher: SketcherLike, checkpoint: str, task: ShardTask, examples: ExampleSet
+        self,
+        sketcher: SketcherLike,
+        checkpoint: str,
+        tasks: Sequence[ShardTask],
+        sets: Mapping[str, ExampleSet],
     ) -> None:
-        """Compare the first batch with per-row autograd; the report goes into the manifest."""
+        """Compare a batch with per-row autograd; the report goes into the manifest.
+
+        The first batch of two rows or more: one row alone cannot show that rows mix.
+        """
         if not self.options.check_rows:
             return
-        batch = next(self._batches(task, examples))
+        batch = self._batch_to_check(tasks, sets)
         rows = min(self.options.check_rows, len(batch.ids))
         tensors = self._tensors(batch)
-        with _seeded(task.first):
+        with _seeded(int(batch.rows[0])):
             report = self.instruments.check(sketcher, tensors, batch.ids, rows=rows).as_dict()
         self.run.update(
             lambda m: m.model_copy(update={"self_check": {**m.self_check, checkpoint: report}})
         )
+
+    def _batch_to_check(self, tasks: Sequence[ShardTask], sets: Mapping[str, ExampleSet]) -> Batch:
+        for task in tasks:
+            lengths = sets[task.set].lengths_of(np.arange(task.first, task.last))
+            if any(len(group) > 1 for group in plan(lengths, self._budget)):
+                found = self._batches(task, sets[task.set])
+                return next(batch for batch in found if len(batch.ids) > 1)
+        return next(self._batches(tasks[0], sets[tasks[0].set]))
 
     def _shard(self, sketcher: SketcherLike, task: ShardTask, examples: ExampleSet) -> None:
         """Sketch one shard's rows, write them, list them."""
@@ -302,9 +317,14 @@ class _Session:
         self.run.add_shards(entries, buffer.labels, dict(sketcher.coverage))
 
     def _batches(self, task: ShardTask, examples: ExampleSet) -> Iterator[Batch]:
+        rows = range(task.first, task.last)
+        return batches(examples, budget_tokens=self._budget, rows=rows)
+
+    @property
+    def _budget(self) -> int:
         budget = self.run.manifest.batch_budget
         assert budget is not None
-        return batches(examples, budget_tokens=budget, rows=range(task.first, task.last))
+        return budget
 
     def _sketcher(self, body: sdi.Loop, checkpoint: str) -> SketcherLike:
         options = self.options

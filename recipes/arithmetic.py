@@ -1,22 +1,22 @@
 """Multi-step arithmetic, modulo ten, in sources of known quality: the default recipe's data.
 
-A problem is a chain of digits, worked from left to right, each step modulo ten; the response
-writes the value after every step, and the last one is the answer:
+A problem is a digit followed by steps of one to three up or down, each modulo ten; the response
+repeats every step and writes the value after it, and the last value is the answer:
 
-    prompt ``7+5-3+8=``   response ``297``
+    prompt ``8+3-2=``   response ``+31-29``   (8 + 3 is 1, 1 - 2 is 9)
 
 Sources of the training pool:
 
-- **easy**: one or two steps, right;
-- **hard**: three or four steps, right;
+- **easy**: one to three steps, right;
+- **hard**: four or five steps, right;
 - **wrong**: lengths of easy and hard alike, but every value in the response is replaced by
-  another digit at random;
+  another digit at random (the steps are repeated as they are);
 - **boilerplate**: polite phrases with no arithmetic in them.
 
 Only digits, operators and the answer column tell wrong from right; no source is named in a
 text. Queries (for curation) and the eval set (for the comparison) are clean, half easy and half
 hard; no prompt is in two of the three sets, nor twice in one. That caps the easy problems at
-the few there are (10·18 with one step, 10·18² with two), which `generate` checks.
+the few there are (10·6 with one step, 10·6² with two, 10·6³ with three), which `generate` checks.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from curate.callables import StepContext
 
 MODULUS = 10
-STEPS = {"easy": (1, 2), "hard": (3, 4)}
+OPERANDS = "123"
+STEPS = {"easy": (1, 3), "hard": (4, 5)}
 
 _OPENINGS = ("Dear {}:", "Hi {}:", "To {}:", "Re {}:", "For {}:")
 _NAMES = ("Ada", "Ben", "Cho", "Dev", "Eva", "Fay", "Gus", "Ivo", "Jun", "Kim", "Lea")
@@ -53,7 +54,7 @@ class Problem:
 
 
 def solve(prompt: str) -> list[int]:
-    """Values after each step of ``7+5-3=``, modulo ten."""
+    """Values after each step of ``8+3-2=``, modulo ten."""
     chain = prompt.rstrip("=")
     value, values = int(chain[0]), []
     for sign, digit in zip(chain[1::2], chain[2::2], strict=True):
@@ -62,11 +63,17 @@ def solve(prompt: str) -> list[int]:
     return values
 
 
+def written(prompt: str, values: list[int]) -> str:
+    """The response: every step of ``prompt`` with its value behind it."""
+    steps = prompt[1:].rstrip("=")
+    return "".join(steps[2 * n : 2 * n + 2] + str(value) for n, value in enumerate(values))
+
+
 def draw_prompt(rng: random.Random, steps: int) -> str:
-    """A random chain of ``steps`` operations, each with a digit from 1 to 9."""
+    """A random chain of ``steps`` operations, each with a digit from 1 to 3."""
     chain = str(rng.randrange(MODULUS))
     for _ in range(steps):
-        chain += rng.choice("+-") + rng.choice("123456789")
+        chain += rng.choice("+-") + rng.choice(OPERANDS)
     return chain + "="
 
 
@@ -77,7 +84,7 @@ def problem(rng: random.Random, source: str, kind: str) -> Problem:
     values = solve(prompt)
     if source == "wrong":
         values = [(value + rng.randrange(1, MODULUS)) % MODULUS for value in values]
-    return Problem(prompt, "".join(map(str, values)), source, steps, str(values[-1]))
+    return Problem(prompt, written(prompt, values), source, steps, str(values[-1]))
 
 
 def boilerplate(rng: random.Random) -> Problem:
@@ -124,7 +131,8 @@ def _unused(rng: random.Random, source: str, taken: set[str], tries: int = 2000)
             return made
     raise ValueError(
         f"no unused {source} problem in {tries} draws; ask for fewer (there are about "
-        f"{MODULUS * 18 ** STEPS['easy'][1]} easy ones) across train, query and eval"
+        f"{MODULUS * (2 * len(OPERANDS)) ** STEPS['easy'][1]} easy ones) "
+        "across train, query and eval"
     )
 
 

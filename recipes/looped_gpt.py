@@ -16,8 +16,10 @@ Letters: B examples, T tokens, D width, V vocabulary.
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -70,10 +72,13 @@ class LoopedGPT(nn.Module):
         blocks: int = 1,
         depth: int = 6,
         expansion: int = 4,
+        positions: str = "random",
         seed: int = 0,
     ) -> None:
         super().__init__()
-        self.context, self.depth = context, depth
+        if positions not in ("random", "waves"):
+            raise ValueError(f"positions is {positions!r}; expected random or waves")
+        self.context, self.depth, self.positions = context, depth, positions
         self.token = nn.Embedding(vocabulary, width)
         self.position = nn.Embedding(context, width)
         self.body = nn.Sequential(*(Block(width, heads, expansion) for _ in range(blocks)))
@@ -93,6 +98,9 @@ class LoopedGPT(nn.Module):
                 scale *= self.depth**-0.5
             with torch.no_grad():
                 parameter.normal_(0.0, scale, generator=generator)
+        if self.positions == "waves":
+            with torch.no_grad():
+                self.position.weight.copy_(waves(*self.position.weight.shape))
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """input_ids (B, T) int64, attention_mask (B, T) or None -> logits (B, T, V).
@@ -119,7 +127,14 @@ class LoopedGPT(nn.Module):
             raise ValueError("attention_mask has padding on the left; pad on the right")
 
 
-def build(**args: int) -> LoopedGPT:
+def waves(context: int, width: int, scale: float = 0.5) -> Tensor:
+    """Sines and cosines (context, width) to start positions from: neighbours look alike."""
+    rates = torch.exp(-math.log(100.0) * torch.arange(width // 2) / (width // 2))
+    angles = torch.arange(context)[:, None] * rates
+    return functional.pad(torch.cat([angles.sin(), angles.cos()], 1), (0, width % 2)) * scale
+
+
+def build(**args: Any) -> LoopedGPT:
     """The recipe's ``model.source``: a fresh LoopedGPT; arguments as in its constructor."""
     return LoopedGPT(**args)
 

@@ -182,14 +182,15 @@ def train_base(
     """The recipe's ``train`` step: trains the recipe's model on ``data``, saving checkpoints.
 
     ``save_at`` are fractions of ``steps``; the other arguments are those of `Settings`.
-    Checkpoints that are there already are not made again.
+    Checkpoints that are there already are not made again, unless the step was asked for again.
     """
     from curate.examples import load_examples
 
     plan = Settings(**settings)
     folder = context.run / "checkpoints"
     wanted = checkpoint_steps(plan.steps, save_at)
-    if all((folder / f"step-{step:05d}" / "model.safetensors").is_file() for step in wanted):
+    there = all((folder / f"step-{step:05d}" / "model.safetensors").is_file() for step in wanted)
+    if there and not context.overwrite:
         context.log("checkpoints are there already; nothing to train")
         return
     rows = Rows.of(load_examples(context.specs()[data], name=data))

@@ -202,6 +202,9 @@ class _CaptureMode(TorchFunctionMode):
             output = func(*args, **kwargs)  # kept out of checkpointing, to be pulled back at once
         parameters = {name: p for w in parents for name, p in w.parameters.items()}
         for tensor in leaves(output):
+            known = self._weights.get(id(tensor))
+            if known is not None and known.name is not None:
+                continue  # a cast that changes nothing returns the parameter itself
             if tensor.is_floating_point() and tensor.requires_grad:
                 weight = Weight(tensor, None, False, parameters)
                 if func in _TRANSPOSES and parents[0].name and tensor.ndim == 2:
@@ -280,6 +283,12 @@ class _CaptureMode(TorchFunctionMode):
         hooked, shape = origin(output), output.shape
 
         def receive(delta: Tensor) -> None:
+            if not self.replaying:
+                raise CaptureError(
+                    f"{use.label}: differentiated during the forward pass (a gradient inside of "
+                    f"the model or the loss), and a gradient of a gradient cannot be attributed. "
+                    f"Leave that term out of the loss while sketching."
+                )
             if self._unmade.pop(id(use), None) is not None:
                 self._serve(replace(use, delta=delta.detach().reshape(shape)))
                 use.args, use.kwargs, use.versions = (), {}, []  # the graph keeps this closure

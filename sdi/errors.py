@@ -53,5 +53,11 @@ class ShardError(SdiError):
     exit_code: ClassVar[int] = 3
 
 
+class DiskError(ShardError):
+    """A shard could not be written: the disk is full, or the directory may not be written to."""
+
+    exit_code: ClassVar[int] = 1
+
+
 class SpecError(SdiError):
     """Two sketches were made with different settings, or a setting is not legal."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -17,7 +17,7 @@ def leaves(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from leaves(item)
-    elif isinstance(value, dict):
+    elif isinstance(value, Mapping):
         for item in value.values():
             yield from leaves(item)
 
@@ -35,16 +35,26 @@ def tag(output: Any) -> Any:
 
 
 def tagged(batch: Any, size: int) -> Any:
-    """Aliases of the batch's tensors, tagged as carrying rows where B divides their first axis."""
+    """Aliases of the batch's tensors, tagged as carrying rows where their first axis is B.
+
+    Where no tensor's is, the batch is flattened, and tensors are tagged whose first axis B divides.
+    Beside rows-first tensors such a one is no row's own: positions (T,), say, with T = 2B.
+    """
+    flat = not any(t.ndim and t.shape[0] == size for t in leaves(batch))
+    return _tagged(batch, size, flat)
+
+
+def _tagged(batch: Any, size: int, flat: bool) -> Any:
     if isinstance(batch, Tensor):
         alias = batch.detach()
-        if alias.ndim and alias.shape[0] % size == 0:
+        if alias.ndim and (alias.shape[0] == size or (flat and alias.shape[0] % size == 0)):
             setattr(alias, _ROWS, True)
         return alias
-    if isinstance(batch, dict):
-        return {key: tagged(value, size) for key, value in batch.items()}
+    if isinstance(batch, Mapping):
+        named = {key: _tagged(value, size, flat) for key, value in batch.items()}
+        return named if isinstance(batch, dict) else type(batch)(named)  # type: ignore[call-arg]
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(tagged(value, size) for value in batch))
+        return type(batch)(*(_tagged(value, size, flat) for value in batch))
     if isinstance(batch, list | tuple):
-        return type(batch)(tagged(value, size) for value in batch)
+        return type(batch)(_tagged(value, size, flat) for value in batch)
     return batch

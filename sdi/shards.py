@@ -26,7 +26,7 @@ from typing import IO, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from sdi.errors import ShardError
+from sdi.errors import DiskError, ShardError
 from sdi.sketch.quantize import dequantize
 
 Kind = Literal["steps", "totals"]
@@ -200,11 +200,11 @@ def _disk_errors(path: Path, partial: list[Path], size: int) -> Iterator[None]:
         if not isinstance(error, OSError):
             raise
         if error.errno in _FULL:
-            raise ShardError(
+            raise DiskError(
                 f"the disk is full: {path} needs {size / 2**20:.1f} MiB ({error.strerror}). Free "
                 "some space and run the same command again; finished shards are kept"
             ) from error
-        raise ShardError(
+        raise DiskError(
             f"{path} could not be written ({error.strerror}); check that the directory exists "
             "and may be written to, then run the same command again"
         ) from error

@@ -12,6 +12,7 @@ import random
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +52,20 @@ def die_at_rename(number: int, *, before: bool) -> None:
     os.replace = counted
 
 
-def attempt(directory: Path, rename: int, *, before: bool, delay: float | None) -> bool:
-    """Fork a child that sketches; True where it was killed, False where it finished."""
+def attempt(
+    directory: Path,
+    rename: int,
+    *,
+    before: bool,
+    delay: float | None,
+    work: Callable[[Path], None] = sketch,
+) -> bool:
+    """Fork a child that does `work`; True where it was killed, False where it finished."""
     child = os.fork()
     if child == 0:
         die_at_rename(rename, before=before)
         try:
-            sketch(directory)
+            work(directory)
         except BaseException as error:
             os.write(2, f"{type(error).__name__}: {error}".encode())
             os._exit(1)

@@ -77,8 +77,46 @@ BODIES = {
     "norm twice a step": lambda: Custom(lambda m, x: m.a(torch.tanh(m.a(x))), a=nn.LayerNorm(16)),
     "prelu": lambda: Custom(lambda m, x: m.a(x), a=nn.PReLU()),
     "bilinear": lambda: Custom(lambda m, x: torch.tanh(m.a(x, x)), a=nn.Bilinear(16, 16, 16)),
+    "chunks of a weight": lambda: Custom(_chunked, a=_w(32, 16)),
+    "stacked weights": lambda: Custom(
+        lambda m, x: torch.einsum("btd,kde->bte", x, torch.stack([m.a, m.b])).tanh(),
+        a=_w(16, 16),
+        b=_w(16, 16),
+    ),
+    "indexed weight": lambda: Custom(
+        lambda m, x: torch.tanh(x @ m.a[torch.arange(15, -1, -1)]), a=_w(16, 16)
+    ),
+    "cast that changes nothing": lambda: Custom(
+        lambda m, x: torch.tanh(F.linear(x.type_as(m.a), m.a.float())), a=_w(16, 16)
+    ),
+    "weight norm": lambda: Custom(
+        lambda m, x: torch.tanh(m.a(x)),
+        a=nn.utils.parametrizations.weight_norm(nn.Linear(16, 16)),
+    ),
+    "embedding of ids by row": lambda: Custom(
+        lambda m, x: x + m.a((x.sum(-1) * 10).long() % 7), a=nn.Embedding(7, 16, padding_idx=2)
+    ),
+    "shared by two modules": lambda: _shared(),
+    "in-place view": lambda: Custom(lambda m, x: _view_changed(m, x), a=nn.Linear(16, 16)),
     "block": lambda: Block(16),
 }
+
+
+def _chunked(module: Any, x: Tensor) -> Tensor:
+    first, second = module.a.chunk(2)
+    return torch.tanh(F.linear(input=x @ first.T, weight=second))
+
+
+def _shared() -> nn.Module:
+    one, two = nn.Linear(16, 16), nn.Linear(16, 16)
+    two.weight = one.weight
+    return Custom(lambda m, x: m.b(torch.tanh(m.a(x))), a=one, b=two)
+
+
+def _view_changed(module: Any, x: Tensor) -> Tensor:
+    y = module.a(x)
+    y[..., :8] *= 2
+    return torch.tanh(y)
 
 
 def _augmented(module: Any, x: Tensor) -> Tensor:
@@ -94,6 +132,49 @@ def test_body_agrees_with_per_row_autograd(kind: str, rows: int) -> None:
     """Every kind of body has exact step gradients and sketches, also where B equals T."""
     torch.manual_seed(0)
     _checked(make(BODIES[kind]()), batch=tokens(rows, 7))
+
+
+@pytest.mark.parametrize("length", [7, 8])
+def test_positions_in_the_batch_are_no_rows(length: int) -> None:
+    """Positions (T,) beside rows-first tensors are shared by the rows, also where B divides T."""
+
+    class Placed(LoopedModel):
+        def forward(
+            self, input_ids: Tensor, places: Tensor, attention_mask: Tensor | None = None
+        ) -> Tensor:
+            x = self.embed(input_ids)
+            for _ in range(3):
+                x = self.body((x, places))
+            return self.head(x)
+
+    body = Custom(lambda m, pair: torch.tanh(pair[0] + m.a(pair[1])), a=nn.Embedding(9, 16))
+    torch.manual_seed(0)
+    batch = {**tokens(4, length), "places": torch.arange(length)}
+    _checked(Placed(body).eval(), batch=batch)
+
+
+def test_gradients_inside_the_forward_pass_are_refused() -> None:
+    """A gradient taken inside of the body or the loss is refused, with the parameter's name."""
+
+    def energy(module: Any, x: Tensor) -> Tensor:
+        y = x.detach().requires_grad_()
+        return x - torch.autograd.grad(module.a(y).tanh().sum(), y, create_graph=True)[0]
+
+    model = make(Custom(energy, a=nn.Linear(16, 16)))
+    sketcher = sdi.Sketcher(sdi.Loop(model, "body"), dim=64)
+    with pytest.raises(CaptureError, match=r"body\.a\.bias.*differentiated during the forward"):
+        sketcher(tokens(), names(4))
+
+
+def test_autocast_passes_the_self_check() -> None:
+    """Under autocast rows alone and together round differently, and the check allows for it."""
+
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return sdi.causal_lm_loss(model, batch)
+
+    sketcher = sdi.Sketcher(sdi.Loop(make(), "body"), dim=64, loss=loss)
+    assert sdi.self_check(sketcher, tokens(), names(4)).worst < 2e-2
 
 
 def test_list_of_layers_is_a_body() -> None:

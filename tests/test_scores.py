@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from curate import scratch
 from curate.errors import CurateError, UsageError
 from curate.scores import score_run
 from curate.windows import Windows
+from tests import killedscoring
 from tests.sketchedrun import WEIGHTS, Made, make
 
 DEPTHS = (4, 4, 3, 2, 4, 1, 3)
@@ -240,3 +243,23 @@ def test_memory_does_not_grow(tmp_path: Path) -> None:
         tracemalloc.stop()
     # Tables of a part, norms and ids take a few dozen bytes a row; vectors would take 64 and more.
     assert peaks[1] - peaks[0] < 18000 * 4 * 64
+
+
+def test_killed_at_any_moment(tmp_path: Path) -> None:
+    """Killed with SIGKILL at random and around random renames, scoring ends as if undisturbed."""
+    whole, broken = make(tmp_path / "whole" / "run"), make(tmp_path / "broken" / "run")
+    killedscoring.score(tmp_path / "whole")
+    command = [sys.executable, "-m", "tests.killedscoring", str(tmp_path / "broken")]
+    root = Path(__file__).parent.parent
+    result = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) >= 8
+    tables = list(whole.run.manifest.influence)
+    assert tables == list(broken.run.manifest.influence)
+    assert "test:max" in tables
+    for name in tables:
+        assert broken.run.influence(name).collect().equals(whole.run.influence(name).collect())
+    assert broken.run.tops("test").collect().equals(whole.run.tops("test").collect())
+    assert broken.run.verify() == whole.run.verify()
+    assert not list(broken.run.path.rglob("*.partial"))
+    assert not list((broken.run.path / "scratch").iterdir())

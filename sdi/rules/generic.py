@@ -2,8 +2,8 @@
 
 Row b's gradient is the vector-Jacobian product of the operation at δ with every other row set to
 zero. That is the definition, and needs no knowledge of the operation. Where operands and output
-are rows-first, the operation is run on row b alone, which costs a B-th; the two are compared on
-the first row, and the masked form, always right, serves where they differ.
+are rows-first, the operation is run on row b alone, which costs a B-th; the rows' sum is held
+against the operation's own gradient, and the masked form, always right, serves where they differ.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from torch import Tensor
 from sdi.errors import CaptureError
 from sdi.rules.use import Use
 
+Gradients = dict[tuple[str, Any], Tensor | None]
+
 
 def generic_rule(use: Use) -> bool:
     """Per-example vector-Jacobian products of one operation; serves whatever has no rule."""
@@ -24,8 +26,9 @@ def generic_rule(use: Use) -> bool:
             f"{use.label}: the output of shape {tuple(use.delta.shape)} cannot be split into the "
             f"{use.batch} rows of the batch. Put the batch axis first, or sketch one row a batch."
         )
-    sliced = use.batch > 1 and _agrees(use)
-    rows = [_row(use, b, sliced) for b in range(use.batch)]
+    rows = _sliced(use) if use.batch > 1 else None
+    if rows is None:
+        rows = [_row(use, b, False) for b in range(use.batch)]
     for at, weight in use.weights.items():
         found = [row[at] for row in rows]
         if any(g is not None for g in found):
@@ -34,27 +37,34 @@ def generic_rule(use: Use) -> bool:
     return True
 
 
-def _agrees(use: Use) -> bool:
-    """Whether running the operation on row 0 alone gives what masking gives."""
+def _sliced(use: Use) -> list[Gradients] | None:
+    """Every row's gradients by running the operation on that row alone; None where that is wrong.
+
+    All rows are checked at once: their sum must be the gradient that the whole operation has.
+    """
     try:
-        alone, masked = _row(use, 0, True), _row(use, 0, False)
+        rows = [_row(use, b, True) for b in range(use.batch)]
     except (RuntimeError, IndexError, ValueError, TypeError):
-        return False
-    return all(_close(alone[at], masked[at]) for at in use.weights)
+        return None
+    whole = _row(use, None, False)
+    return rows if all(_adds_up([row[at] for row in rows], whole[at]) for at in whole) else None
 
 
-def _close(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    tolerance = 1e-2 if a.dtype in (torch.bfloat16, torch.float16) else 1e-5
-    return bool((a - b).norm() <= tolerance * b.norm() + 1e-30)
+def _adds_up(rows: list[Tensor | None], whole: Tensor | None) -> bool:
+    found = [row for row in rows if row is not None]
+    if whole is None or not found:
+        return whole is None and not found
+    tolerance = 1e-2 if whole.dtype in (torch.bfloat16, torch.float16) else 1e-5
+    gap = whole - torch.stack(found).sum(dim=0)
+    size = sum((row.norm() for row in found), whole.norm())
+    return bool(gap.norm() <= tolerance * size + 1e-30)
 
 
-def _row(use: Use, row: int, sliced: bool) -> dict[tuple[str, Any], Tensor | None]:
-    """Gradient of every weight of the use for one row."""
+def _row(use: Use, row: int | None, sliced: bool) -> Gradients:
+    """Gradient of every weight of the use for one row, or for all rows where it is None."""
     leaves = {at: w.tensor.detach().requires_grad_() for at, w in use.weights.items()}
     delta, size = use.delta, use.delta.shape[0] // use.batch
-    own = slice(row * size, (row + 1) * size)
+    own = slice(None) if row is None else slice(row * size, (row + 1) * size)
 
     def pick(at: tuple[str, Any], value: Any) -> Any:
         if at in leaves:
@@ -65,13 +75,15 @@ def _row(use: Use, row: int, sliced: bool) -> dict[tuple[str, Any], Tensor | Non
             return value
         if sliced and use.is_rowwise(value) and value.ndim and value.shape[0] % use.batch == 0:
             each = value.shape[0] // use.batch
-            return value[row * each : (row + 1) * each]
+            return value if row is None else value[row * each : (row + 1) * each]
         return value
 
     with torch.enable_grad():
         args = [pick(("args", i), v) for i, v in enumerate(use.args)]
         kwargs = {k: pick(("kwargs", k), v) for k, v in use.kwargs.items()}
         output = use.function(*args, **kwargs)
+    if not output.requires_grad:  # only its shape or type was taken from the weight
+        return dict.fromkeys(leaves)
     if sliced:
         grad = delta[own]
         if output.shape != grad.shape:
