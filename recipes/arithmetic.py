@@ -22,7 +22,6 @@ the few there are (10·6 with one step, 10·6² with two, 10·6³ with three), w
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -154,7 +153,7 @@ def write_rows(rows: list[Problem], path: Path, *, prefix: str) -> None:
     with partial.open("w", encoding="utf-8") as file:
         for number, row in enumerate(rows):
             file.write(json.dumps({"id": f"{prefix}-{number:05d}", **asdict(row)}) + "\n")
-    os.replace(partial, path)
+    partial.replace(path)
 
 
 def generate(

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,7 @@ class Block(nn.Module):
         return self.attention_out(mixed.transpose(1, 2).reshape(rows, tokens, width))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, T, D) -> (B, T, D)."""
+        """X (B, T, D) -> (B, T, D)."""
         x = x + self.attend(self.attention_norm(x))
         hidden = functional.gelu(self.mlp_in(self.mlp_norm(x)))
         return x + self.mlp_out(hidden)
@@ -149,11 +148,11 @@ def save(model: nn.Module, directory: Path, *, step: int, learning_rate: float) 
     note = directory / "training.json"
     partial_note = note.with_suffix(".json.partial")
     partial_note.write_text(json.dumps({"step": step, "learning_rate": learning_rate}) + "\n")
-    os.replace(partial_note, note)
+    partial_note.replace(note)
     weights = directory / "model.safetensors"
     partial = directory / "model.safetensors.partial"
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, partial)
-    os.replace(partial, weights)
+    partial.replace(weights)
     return weights
 
 
