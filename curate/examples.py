@@ -44,8 +44,8 @@ __all__ = [
 
 SET_FILE = "set.json"
 DROPPED_FILE = "dropped.parquet"
-PART_ROWS = 32_768
-PART_TOKENS = 1 << 21
+PART_ROWS = 8_192
+PART_TOKENS = 1 << 20
 
 Progress = Callable[[int, int], None]
 

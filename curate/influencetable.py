@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 import polars as pl
 import pyarrow.parquet as pq
 
@@ -20,27 +22,49 @@ OPTIONS = {"compression": "zstd", "use_dictionary": False}
 
 
 def write_parquet(
-    run: RunDirectory, path: Path, frame: pl.DataFrame, rows: tuple[int, int] | None = None
+    run: RunDirectory,
+    path: Path,
+    frames: Iterable[pl.DataFrame],
+    rows: tuple[int, int] | None = None,
 ) -> File:
-    """Write a table and return its record for the manifest."""
+    """Write a table, a row group for each of `frames`, and return its record for the manifest."""
     with atomic.replacing(path) as temporary:
-        pq.write_table(frame.to_arrow(), temporary, row_group_size=len(frame) or 1, **OPTIONS)
+        writer: pq.ParquetWriter | None = None
+        try:
+            for frame in frames:
+                table = frame.to_arrow()
+                writer = writer or pq.ParquetWriter(temporary, table.schema, **OPTIONS)
+                writer.write_table(table, row_group_size=len(table) or 1)
+        finally:
+            if writer is not None:
+                writer.close()
     return run.file(path, rows)
 
 
-def merge_best(best: pl.DataFrame | None, other: pl.DataFrame, by: str) -> pl.DataFrame:
-    """Of two tables with the same rows, for each row the one with the larger `by`.
+class Best:
+    """Which group is the best of each row of a part; of equals the first.
 
-    Whole rows are taken, so that the steps of a row still add up to its total; of equals the first.
+    Args:
+        span: first row of the part, and the row after its last.
     """
-    if best is None:
-        return other
-    better = (other[by] > best[by]).fill_null(False)
-    marked = best.with_columns(better.alias("_better"))
-    return marked.select(
-        pl.when(pl.col("_better")).then(other[name]).otherwise(pl.col(name)).alias(name)
-        for name in best.columns
-    )
+
+    def __init__(self, span: tuple[int, int]) -> None:
+        self._first = span[0]
+        self._value = np.full(span[1] - span[0], np.nan, dtype=np.float32)
+        self._group = np.ones(span[1] - span[0], dtype=np.int32)
+
+    def offer(self, number: int, rows: npt.NDArray[np.int64], values: pl.Series) -> None:
+        """Take group `number` for those of `rows` where its value is larger than any before."""
+        at = rows - self._first
+        offered, best = values.to_numpy().astype(np.float32), self._value[at]
+        better = (offered > best) | (np.isnan(best) & ~np.isnan(offered))
+        self._value[at[better]] = offered[better]
+        self._group[at[better]] = number
+
+    def of(self, start: int, stop: int) -> list[tuple[int, npt.NDArray[np.int64]]]:
+        """The groups that are best somewhere in start..stop, each with its rows."""
+        chosen = self._group[start - self._first : stop - self._first]
+        return [(int(n), start + np.flatnonzero(chosen == n)) for n in np.unique(chosen)]
 
 
 def discard(run: RunDirectory, files: Iterable[File]) -> None:

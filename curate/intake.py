@@ -1,7 +1,7 @@
 """From source rows to examples: content, tokens, truncation, hashes, ids, and why a row is dropped.
 
-Rows are read in chunks from the memory-mapped source; what is remembered from chunk to chunk is one
-64-bit key per row, by which repeated ids are told.
+Rows are read in chunks from the memory-mapped source; what is remembered from chunk to chunk is a
+64-bit key per row, in a mapped file, by which repeated ids are told.
 
 Three hashes, for three questions. An id that the user does not give is "<source>:<12 hex>" of the
 whole row, tokens and labels before truncation, so that it is the same in whatever order the rows
@@ -14,8 +14,10 @@ since a query whose prompt is masked must be recognised among training rows whos
 from __future__ import annotations
 
 import hashlib
+import mmap
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -64,21 +66,34 @@ class Chunk:
     read: int
 
 
-@dataclass
 class Repeats:
-    """Counts occurrences of strings, keeping eight bytes of each."""
+    """Counts occurrences of strings, told apart by 64 bits of each.
 
-    seen: set[int] = field(default_factory=set)
-    counts: dict[int, int] = field(default_factory=dict)
+    The table, twelve bytes a place, lies in an unnamed temporary file that is mapped, so that the
+    memory it takes is the system's to give back. Open addressing, linear probing.
+
+    Args:
+        most: how many strings will be counted at the most.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._places = 1 << max(4, (2 * most).bit_length())  # at most half of them taken
+        with tempfile.TemporaryFile() as file:
+            file.truncate(12 * self._places)
+            mapped = mmap.mmap(file.fileno(), 0)
+        self._keys = np.frombuffer(mapped, np.uint64, self._places)
+        self._counts = np.frombuffer(mapped, np.uint32, self._places, 8 * self._places)
 
     def occurrence(self, text: str) -> int:
         """1 for a string not seen before, then 2, 3, …"""
-        key = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-        if key not in self.seen:
-            self.seen.add(key)
-            return 1
-        self.counts[key] = self.counts.get(key, 1) + 1
-        return self.counts[key]
+        digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+        key = int.from_bytes(digest, "little")
+        place = key & (self._places - 1)
+        while self._counts[place] and int(self._keys[place]) != key:
+            place = (place + 1) & (self._places - 1)
+        self._keys[place] = key
+        self._counts[place] += 1
+        return int(self._counts[place])
 
 
 @dataclass(frozen=True)
@@ -95,7 +110,7 @@ class Intake:
 
     def chunks(self, rows: NDArray[np.int64]) -> Iterator[Chunk]:
         """The source rows `rows` (N,), in that order, a thousand at a time."""
-        repeats = Repeats()
+        repeats = Repeats(len(rows))
         for start in range(0, len(rows), CHUNK_ROWS):
             yield self._chunk(rows[start : start + CHUNK_ROWS], repeats)
 

@@ -16,13 +16,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 import polars as pl
-import pyarrow.parquet as pq
 
-from curate import atomic
 from curate.blocks import spans
 from curate.columns import Moments, finish, step_columns
 from curate.errors import UsageError
-from curate.influencetable import OPTIONS, write_parquet
+from curate.influencetable import write_parquet
 from curate.manifest import File
 from curate.product import EXTRA
 from curate.queryvectors import Doubles, Groups
@@ -39,7 +37,7 @@ def write_tops(scoring: Scoring) -> tuple[File, ...]:
     ranked = ranked_by(str(scoring.detail["top_by"]), scoring.side.steps)
     for path, span in _chunks(scoring, "tops"):
         if not path.exists():
-            write_parquet(scoring.run, path, _tops(scoring, span, ranked), span)
+            write_parquet(scoring.run, path, [_tops(scoring, span, ranked)], span)
         files.append(scoring.run.file(path, span))
     return tuple(files)
 
@@ -49,7 +47,7 @@ def write_pairs(scoring: Scoring) -> tuple[File, ...]:
     files = []
     for path, span in _chunks(scoring, "pairs"):
         if not path.exists():
-            _stream_pairs(scoring, span, path)
+            write_parquet(scoring.run, path, _pairs(scoring, span), span)
         files.append(scoring.run.file(path, span))
     return tuple(files)
 
@@ -142,25 +140,17 @@ def _keyed(frame: pl.DataFrame, query: int, rows: Rows, ranks: Rows | None = Non
     return pl.DataFrame(keys).hstack(frame)
 
 
-def _stream_pairs(scoring: Scoring, span: tuple[int, int], path: Path) -> None:
+def _pairs(scoring: Scoring, span: tuple[int, int]) -> Iterator[pl.DataFrame]:
     groups = Groups.single(*span)
     absent = scoring.side.absent(groups)
     errors = scoring.settings.precondition is None
-    with atomic.replacing(path) as temporary:
-        writer: pq.ParquetWriter | None = None
-        try:
-            for start, raw in _blocks(scoring, groups):
-                rows = np.arange(start, start + len(raw))
-                table = pl.concat(
-                    _keyed(
-                        finish(raw[:, query], None, absent=absent[query], errors=errors),
-                        span[0] + query,
-                        rows,
-                    )
-                    for query in range(len(groups.names))
-                ).to_arrow()
-                writer = writer or pq.ParquetWriter(temporary, table.schema, **OPTIONS)
-                writer.write_table(table, row_group_size=len(table))
-        finally:
-            if writer is not None:
-                writer.close()
+    for start, raw in _blocks(scoring, groups):
+        rows = np.arange(start, start + len(raw))
+        yield pl.concat(
+            _keyed(
+                finish(raw[:, query], None, absent=absent[query], errors=errors),
+                span[0] + query,
+                rows,
+            )
+            for query in range(len(groups.names))
+        )

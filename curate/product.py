@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 EXTRA = ("total", "early", "late", "total_var", "early_var", "late_var", "window_cov", "noise")
 """What stands behind the step columns of `Product.score`; `noise` is the energy of noise alone."""
-_TEMPORARIES = 8 << 20
+_TEMPORARIES = 2 << 20
 
 
 @dataclass(frozen=True)

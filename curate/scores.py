@@ -18,20 +18,21 @@ from dataclasses import asdict
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 import polars as pl
 import torch
 
 from curate.blocks import spans
 from curate.columns import Contrast, Moments, finish
 from curate.errors import CurateError, UsageError
-from curate.influencetable import discard, merge_best, write_parquet
+from curate.influencetable import Best, discard, write_parquet
 from curate.manifest import File, InfluenceEntry, Manifest
 from curate.pairscores import ranked_by, write_pairs, write_tops
 from curate.product import Product
 from curate.queryvectors import Doubles, Groups, QuerySide, QueryVectors, group_rows, part_of
 from curate.rundir import RunDirectory, folder
 from curate.scoresettings import ScoreSettings, chosen_weights, data_digest, group_labels
-from curate.scratch import Progress, Scratch
+from curate.scratch import TABLE_ROWS, Progress, Raw, Scratch
 from curate.windows import Windows
 
 VERSION = 1
@@ -122,6 +123,7 @@ class Scoring:
         labels = group_labels(run, query_set, settings.group_by)
         self.groups = group_rows(labels, self.side.rows)
         self.tables = {_table(name, group): group for group in self.groups.names}
+        self._absent = self.side.absent(self.groups)
         if len(self.groups.names) > 1:
             if MAXIMUM in self.groups.names:
                 raise UsageError(
@@ -241,33 +243,64 @@ class Scoring:
             Moments.together(Moments.of(raw) for raw in scratch.group(*where)) if standard else None
             for where in place
         ]
-        absent = self.side.absent(self.groups)
         files: dict[str, list[File]] = {table: [] for table in self.tables}
-        for part, (start, stop) in enumerate(scratch.parts):
-            rows = pl.Series("row", np.arange(start, stop, dtype=np.int64))
-            best: pl.DataFrame | None = None
+        for part, span in enumerate(scratch.parts):
+            best = Best(span)
             for number, (chunk, group) in enumerate(place):
                 raw = np.load(scratch.path(chunk, part), mmap_mode="r")[:, group]
-                frame = finish(
-                    raw,
-                    moments[number],
-                    absent=absent[number],
-                    errors=self.settings.precondition is None,
-                ).insert_column(0, rows)
+                frames = self._finished(raw, span, number, moments[number], best)
                 table = _table(self.name, self.groups.names[number])
-                files[table].append(self._write(table, part, frame, (start, stop)))
-                if number:
-                    named = frame.with_columns(pl.lit(self.groups.names[number]).alias("group"))
-                    best = merge_best(best, named, self.settings.max_by)
-            if best is not None:
+                files[table].append(self._write(table, part, frames, span))
+            if len(place) > 1:
                 table = _table(self.name, MAXIMUM)
-                files[table].append(self._write(table, part, best, (start, stop)))
+                frames = self._best(scratch, part, place, moments, best)
+                files[table].append(self._write(table, part, frames, span))
         return files
 
-    def _write(self, table: str, part: int, frame: pl.DataFrame, rows: tuple[int, int]) -> File:
+    def _finished(
+        self, raw: Raw, span: tuple[int, int], number: int, moments: Moments | None, best: Best
+    ) -> Iterator[pl.DataFrame]:
+        """The table of one group over the rows of a part, block by block; offers it to `best`."""
+        for start, stop in spans(*span, TABLE_ROWS):
+            rows = np.arange(start, stop, dtype=np.int64)
+            frame = self._frame(raw[start - span[0] : stop - span[0]], rows, number, moments)
+            if number:  # the mean over all queries is not one of the groups
+                best.offer(number, rows, frame[self.settings.max_by])
+            yield frame
+
+    def _best(
+        self,
+        scratch: Scratch,
+        part: int,
+        place: list[tuple[int, int]],
+        moments: list[Moments | None],
+        best: Best,
+    ) -> Iterator[pl.DataFrame]:
+        """For every row the whole row of its best group, so that its steps add up to its total."""
+        first = scratch.parts[part][0]
+        for start, stop in spans(*scratch.parts[part], TABLE_ROWS):
+            frames = []
+            for number, rows in best.of(start, stop):
+                chunk, group = place[number]
+                raw = np.load(scratch.path(chunk, part), mmap_mode="r")[:, group]
+                frame = self._frame(raw[rows - first], rows, number, moments[number])
+                named = pl.lit(self.groups.names[number]).alias("group")
+                frames.append(frame.with_columns(named))
+            yield pl.concat(frames).sort("row")
+
+    def _frame(
+        self, raw: Raw, rows: npt.NDArray[np.int64], number: int, moments: Moments | None
+    ) -> pl.DataFrame:
+        errors = self.settings.precondition is None
+        frame = finish(raw, moments, absent=self._absent[number], errors=errors)
+        return frame.insert_column(0, pl.Series("row", rows))
+
+    def _write(
+        self, table: str, part: int, frames: Iterator[pl.DataFrame], rows: tuple[int, int]
+    ) -> File:
         directory = self.run.influence_directory(table)
         path = directory / f"part-{self.digest}-{part:05d}.parquet"
-        return write_parquet(self.run, path, frame, rows)
+        return write_parquet(self.run, path, frames, rows)
 
     def _entry(self, table: str, parts: list[File]) -> InfluenceEntry:
         settings = self.settings

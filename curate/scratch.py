@@ -19,9 +19,13 @@ import numpy as np
 import numpy.typing as npt
 
 from curate import atomic
+from curate.blocks import spans
 
 PART_ROWS = 131_072
 """Rows a part, so a file of the influence table has at least 100k rows where there are so many."""
+
+TABLE_ROWS = 16_384
+"""Rows a block that becomes a piece of a table, a row group of its file."""
 
 Raw = npt.NDArray[np.float32]
 
@@ -58,9 +62,11 @@ class Scratch:
                 stream.write(np.ascontiguousarray(block, dtype="<f4").tobytes())
 
     def group(self, chunk: int, group: int) -> Iterator[Raw]:
-        """One group's raw scores (N, τ + 8), part by part."""
+        """One group's raw scores (rows, τ + 8), block by block."""
         for part in range(len(self.parts)):
-            yield np.asarray(np.load(self.path(chunk, part), mmap_mode="r")[:, group])
+            raw = np.load(self.path(chunk, part), mmap_mode="r")[:, group]
+            for start, stop in spans(0, len(raw), TABLE_ROWS):
+                yield np.asarray(raw[start:stop])
 
     def missing(self, chunk: int) -> list[int]:
         """Parts of a chunk that are still to be scored."""

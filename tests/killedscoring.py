@@ -20,13 +20,13 @@ SETTINGS = {"group_by": "source", "top_k": 3, "pairs": True}
 
 
 def score(directory: Path) -> None:
-    """Score the run in `directory`, in several parts."""
-    scratch.PART_ROWS = 16
+    """Score the run in `directory`."""
     score_run(RunDirectory.open(directory / "run"), "test", **SETTINGS)  # type: ignore[arg-type]
 
 
 def main(directory: Path) -> None:
     """Kill the scoring at random delays and around random renames; then let it finish."""
+    scratch.PART_ROWS = 16  # several parts, so that there is something to be killed between
     draw, killed = random.Random(0), 0
     for _ in range(4):
         killed += attempt(

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
+from polars.testing import assert_frame_equal
 
-from curate import scratch
+from curate import scores, scratch
 from curate.errors import CurateError, UsageError
 from curate.scores import score_run
 from curate.windows import Windows
@@ -187,6 +188,19 @@ def test_idempotent_refused_and_replaced(tmp_path: Path) -> None:
     run.verify()
 
 
+def test_block_by_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables finished a few rows at a time are those finished at once, the best group included."""
+    whole, blocks = make(tmp_path / "whole").run, make(tmp_path / "blocks").run
+    names = score_run(whole, "test", group_by="topic")
+    monkeypatch.setattr(scratch, "PART_ROWS", 16)
+    monkeypatch.setattr(scratch, "TABLE_ROWS", 5)
+    monkeypatch.setattr(scores, "TABLE_ROWS", 5)
+    assert score_run(blocks, "test", group_by="topic") == names
+    for name in names:
+        expected, found = (run.influence(name).collect() for run in (whole, blocks))
+        assert_frame_equal(found, expected, rel_tol=1e-5, abs_tol=1e-6)
+
+
 def test_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stopped after the first part and run again, the tables are those of an unbroken run."""
     monkeypatch.setattr(scratch, "PART_ROWS", 16)
@@ -245,9 +259,10 @@ def test_memory_does_not_grow(tmp_path: Path) -> None:
     assert peaks[1] - peaks[0] < 18000 * 4 * 64
 
 
-def test_killed_at_any_moment(tmp_path: Path) -> None:
+def test_killed_at_any_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed with SIGKILL at random and around random renames, scoring ends as if undisturbed."""
     whole, broken = make(tmp_path / "whole" / "run"), make(tmp_path / "broken" / "run")
+    monkeypatch.setattr(scratch, "PART_ROWS", 16)
     killedscoring.score(tmp_path / "whole")
     command = [sys.executable, "-m", "tests.killedscoring", str(tmp_path / "broken")]
     root = Path(__file__).parent.parent

@@ -1,14 +1,15 @@
-"""Peak anonymous memory of sketching and scoring against the number of rows.
+"""Peak anonymous memory of each stage against the number of rows.
 
     python -m tests.benchmarks.memory [ROWS ...]
 
-Each size runs in a process of its own, on generated rows and the tests' small looped model with
-m = 1024; anonymous memory is read from /proc (mapped pages aside), so this needs Linux.
+Each stage runs in a process of its own, as the commands do, on generated rows and the tests' small
+looped model with m = 1024. Anonymous memory is read from /proc (mapped pages aside), so this needs
+Linux. Loading, sketching and scoring hold a fixed number of rows; filtering and exporting hold the
+table of decisions.
 """
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,7 @@ import threading
 import time
 from pathlib import Path
 
-SIZES = (2_000, 8_000, 32_000)
+SIZES = (4_000, 16_000, 64_000)
 
 
 def anonymous() -> int:
@@ -28,7 +29,7 @@ def anonymous() -> int:
 
 
 class Watch(threading.Thread):
-    """Keeps the peak, looked at every 20 ms."""
+    """Keeps the peak, looked at every 10 ms."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -38,55 +39,82 @@ class Watch(threading.Thread):
         """Look until told that it is done."""
         while not self.done:
             self.peak = max(self.peak, anonymous())
-            time.sleep(0.02)
+            time.sleep(0.01)
 
 
-def child(rows: int) -> None:
-    """Load, sketch and score `rows` rows; print peaks as JSON."""
+def load(folder: Path) -> None:
+    """Read and tokenise the rows."""
+    from curate.rundir import RunDirectory
+    from tests.loopedrun import add_texts
+
+    run = RunDirectory.create(folder / "run")
+    add_texts(run, "train", folder / "train.jsonl")
+    add_texts(run, "query", folder / "query.jsonl", role="query")
+
+
+def sketch(folder: Path) -> None:
+    """Sketch both sets at both checkpoints."""
+    from curate.rundir import RunDirectory
+    from curate.sketching import LoopOptions, SketchOptions, sketch_run
+    from tests.loopedrun import checkpoints, factory
+
+    options = SketchOptions(dim=1024, budget_tokens=2048, shard_rows=1024, device="cpu")
+    run, listed = RunDirectory.open(folder / "run"), checkpoints(folder / "weights")
+    sketch_run(run, factory, LoopOptions(body=("body",)), listed, options=options)
+
+
+def score(folder: Path) -> None:
+    """Score the training rows for the queries."""
     from curate.rundir import RunDirectory
     from curate.scores import score_run
-    from curate.sketching import LoopOptions, SketchOptions, sketch_run
-    from tests.loopedrun import add_texts, checkpoints, factory, write_texts
 
-    peaks: dict[str, float] = {"rows": rows}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        run = RunDirectory.create(folder / "run")
+    score_run(RunDirectory.open(folder / "run"), "query")
 
-        def measured(label: str, work: object) -> None:
-            watch, begin = Watch(), time.perf_counter()
-            watch.start()
-            work()  # type: ignore[operator]
-            watch.done = True
-            watch.join()
-            peaks[f"{label} MiB"] = round(watch.peak / 1024)
-            peaks[f"{label} s"] = round(time.perf_counter() - begin, 1)
 
-        def load() -> None:
-            add_texts(run, "train", write_texts(folder / "train.jsonl", rows))
-            add_texts(run, "query", write_texts(folder / "query.jsonl", 50), role="query")
+def export(folder: Path) -> None:
+    """Keep the better half and export it."""
+    from curate.export import export as write
+    from curate.filter import FilterConfig, filter
+    from curate.rundir import RunDirectory
 
-        def sketch() -> None:
-            options = SketchOptions(dim=1024, budget_tokens=2048, shard_rows=1024, device="cpu")
-            listed = checkpoints(folder / "weights")
-            sketch_run(run, factory, LoopOptions(body=("body",)), listed, options=options)
+    run = RunDirectory.open(folder / "run")
+    filter(run, rules=FilterConfig(fraction=0.5))
+    write(run, "curated", folder / "curated")
 
-        measured("load", load)
-        measured("sketch", sketch)
-        measured("score", lambda: score_run(run, "query"))
-    print(json.dumps(peaks))  # noqa: T201 - this is what the benchmark is for
+
+STAGES = {stage.__name__: stage for stage in (load, sketch, score, export)}
+
+
+def child(stage: str, folder: Path) -> None:
+    """Run one stage; print its peak in MiB and its seconds."""
+    watch, begin = Watch(), time.perf_counter()
+    watch.start()
+    STAGES[stage](folder)
+    watch.done = True
+    watch.join()
+    print(f"{watch.peak / 1024:.0f} {time.perf_counter() - begin:.1f}")  # noqa: T201
 
 
 def main(sizes: list[int]) -> None:
-    """Run every size in a process of its own and print the table."""
+    """Run every size and stage and print the table."""
+    from tests.loopedrun import write_texts
+
+    print(f"{'rows':>8}" + "".join(f"{stage + ' MiB':>12}{'s':>7}" for stage in STAGES))  # noqa: T201
     for size in sizes:
-        command = [sys.executable, "-m", "tests.benchmarks.memory", "--child", str(size)]
-        done = subprocess.run(command, check=True, capture_output=True, text=True)
-        print(done.stdout.strip().splitlines()[-1], flush=True)  # noqa: T201
+        line = f"{size:>8}"
+        with tempfile.TemporaryDirectory() as name:
+            write_texts(Path(name) / "train.jsonl", size)
+            write_texts(Path(name) / "query.jsonl", 50)
+            for stage in STAGES:
+                command = [sys.executable, "-m", "tests.benchmarks.memory", "--child", stage, name]
+                done = subprocess.run(command, check=True, capture_output=True, text=True)
+                peak, seconds = done.stdout.split()[-2:]
+                line += f"{peak:>12}{seconds:>7}"
+        print(line, flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
-        child(int(sys.argv[2]))
+        child(sys.argv[2], Path(sys.argv[3]))
     else:
         main([int(size) for size in sys.argv[1:]] or list(SIZES))
