@@ -9,7 +9,8 @@ hook on its output hands the output's gradient to a rule (`sdi.rules`), which ad
 gradient to a sink. So no weight gradient is ever computed.
 
 Which tensors carry rows. Those of the batch, and whatever is computed from them: a tag on the
-tensor object is passed on by every call. A tensor on the graph carries rows as well.
+tensor object says where the rows lie, and every call passes it on (`sdi.rowflow`). A tensor on the
+graph carries rows as well.
 
 Why not module hooks. A parameter can be used by a module of any class, raw, cast, transposed, or
 by two modules; the uses are the same few operations.
@@ -32,9 +33,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sdi import rules
+from sdi.batchrows import tagged
 from sdi.errors import CaptureError, LoopError
 from sdi.loop import Loop, StepCounter
-from sdi.rowtags import is_tagged, leaves, tag, tagged
+from sdi.rowflow import pass_on
+from sdi.rowtags import FIRST, is_tagged, leaves, tag, tag_of
 from sdi.rules.elementwise import add_rule
 from sdi.rules.generic import generic_rule
 from sdi.rules.use import Use, Weight
@@ -167,33 +170,34 @@ class _CaptureMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        weights = [t for t in leaves((args, kwargs)) if id(t) in self._weights]
-        if not weights:
-            return self._plain(func, args, kwargs)
+        operands = list(leaves((args, kwargs)))
+        carriers = [t for t in operands if self._carries_rows(t)]
+        if not any(id(t) in self._weights for t in operands):
+            output = func(*args, **kwargs)
+            return self._passed(func, args, kwargs, output, carriers)
         if func in _CONSTANTS or not torch.is_grad_enabled():
-            return self._blind_use(func, args, kwargs)
-        rowwise = any(self._carries_rows(t) for t in leaves((args, kwargs)))
+            return self._blind_use(func, args, kwargs, carriers)
         if rules.find(func) is None and is_composite(func):
             with self:
                 return entered(func)(*args, **kwargs)
-        return self._use(func, args, kwargs) if rowwise else self._derive(func, args, kwargs)
+        if carriers:
+            return self._use(func, args, kwargs, carriers)
+        return self._derive(func, args, kwargs)
 
     # -- the kinds of call ---------------------------------------------------------------------
 
-    def _plain(self, func: Any, args: Any, kwargs: Any) -> Any:
-        output = func(*args, **kwargs)
-        if any(self._carries_rows(t) for t in leaves((args, kwargs))):
-            tag(output)
-        return output
+    def _passed(
+        self, func: Any, args: Any, kwargs: Any, output: Any, carriers: list[Tensor]
+    ) -> Any:
+        """The output, tagged with where the rows of the operands went."""
+        return pass_on(func, args, kwargs, output, carriers, self._size) if carriers else output
 
-    def _blind_use(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def _blind_use(self, func: Any, args: Any, kwargs: Any, carriers: list[Tensor]) -> Any:
         """A use without a gradient: nothing flows, and the step is reported as detached."""
         output = func(*args, **kwargs)
-        if any(self._carries_rows(t) for t in leaves((args, kwargs))):
-            tag(output)
-            if self.steps.current is not None and not self.replaying:
-                self._blind[self.steps.current] = getattr(func, "__name__", str(func))
-        return output
+        if carriers and self.steps.current is not None and not self.replaying:
+            self._blind[self.steps.current] = getattr(func, "__name__", str(func))
+        return self._passed(func, args, kwargs, output, carriers)
 
     def _derive(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A function of parameters and constants alone: its result is a weight."""
@@ -215,11 +219,13 @@ class _CaptureMode(TorchFunctionMode):
                 self._keep.append(tensor)  # an id is only as good as the tensor's life
         return output
 
-    def _use(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def _use(self, func: Any, args: Any, kwargs: Any, carriers: list[Tensor]) -> Any:
         """A parameter meets activations: run with the weights detached, and hook the output."""
         if func in _IN_PLACE:
-            result = self._use(_IN_PLACE[func], (tag(args[0].clone()), *args[1:]), kwargs)
-            return tag(args[0].copy_(result))
+            copy = tag(args[0].clone(), tag_of(args[0]) or FIRST)
+            others = [t for t in carriers if t is not args[0]]
+            result = self._use(_IN_PLACE[func], (copy, *args[1:]), kwargs, [copy, *others])
+            return tag(args[0].copy_(result), tag_of(result) or FIRST)
         self._refuse_writes(func, args, kwargs)
         weights: dict[tuple[str, Any], Weight] = {}
 
@@ -233,7 +239,7 @@ class _CaptureMode(TorchFunctionMode):
                 weights[at] = self._weights[id(value)]
                 return value.detach()
             if record and (value.requires_grad or is_tagged(value)):
-                return tag(value.detach())
+                return tag(value.detach(), tag_of(value) or FIRST)
             return value
 
         run = [swap(("args", i), v, False) for i, v in enumerate(args)]
@@ -242,18 +248,19 @@ class _CaptureMode(TorchFunctionMode):
         if not isinstance(output, Tensor):
             return self._many_outputs(func, weights, output)
         if not output.is_floating_point():
-            return tag(output)
+            return self._passed(func, args, kwargs, output, carriers)
         if output._is_view() and origin(output) is output:
             output = output.clone()
         if not output.requires_grad:
             output = output.detach().requires_grad_().clone()  # no leaf: it may change in place
+        self._passed(func, args, kwargs, output, carriers)
         if self.replaying:
             self._refuse_reentrant(weights)
         else:
             kept = [swap(("args", i), v, True) for i, v in enumerate(args)]
             kept_named = {k: swap(("kwargs", k), v, True) for k, v in kwargs.items()}
             self._record(func, kept, kept_named, weights, output)
-        return tag(output)
+        return output
 
     def _refuse_reentrant(self, weights: dict[Any, Weight]) -> None:
         if self._blind:
@@ -276,8 +283,8 @@ class _CaptureMode(TorchFunctionMode):
         self._used.add(step)
         versions = [(t, t._version) for t in leaves((args, kwargs)) if is_tagged(t)]
         use = Use(
-            func, tuple(args), kwargs, weights, step, self._size, self._sink, is_tagged,
-            torch.empty(0), versions,
+            func, tuple(args), kwargs, weights, step, self._size, self._sink,
+            tag_of(output) or FIRST, torch.empty(0), versions,
         )  # fmt: skip
         self._unmade[id(use)] = use
         hooked, shape = origin(output), output.shape
@@ -296,6 +303,8 @@ class _CaptureMode(TorchFunctionMode):
         hooked.register_hook(receive)  # type: ignore[no-untyped-call]
 
     def _serve(self, use: Use) -> None:
+        if use.delta.numel() == 0:
+            return
         with torch.no_grad(), torch._C.DisableTorchFunction():
             rule = rules.find(use.function)
             if rule is not add_rule:  # a sum's gradient needs no operand

@@ -1,13 +1,101 @@
-"""Which tensors carry rows of the batch: a tag on the tensor object, passed on by every call."""
+"""Where the rows of the batch lie in a tensor.
+
+A tensor computed from the batch carries a tag. Most have the row axis first, `(B, ...)` or
+flattened `(B·T, ...)`: FIRST. Any other layout is written as `Rows`: element e, counted in logical
+order, belongs to row `ids[(e // stride) % count]`. A reshape leaves that true as it stands, so that
+only what moves, picks or merges axes has to be followed (`sdi.rowflow`). With the row axis second,
+count is B and stride what one (t, b) holds; tokens picked for an expert, or packed one after the
+other, have a place each, and `ids` says whose it is. LOST is a tensor in which rows were mixed, or
+could not be followed: harmless until a parameter meets it.
+
+Letters: B rows of the batch, n elements of one row.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from sdi.errors import CaptureError
+
 _ROWS = "_sdi_rows"
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """A layout; see the module's docstring.
+
+    Attributes:
+        count: places along the row axis: B, or more where `ids` says whose each is.
+        stride: elements between a place and the next.
+        ids: int64 (count,), the row of each place, -1 for nobody's; None where place b is row b.
+    """
+
+    count: int
+    stride: int
+    ids: Tensor | None = None
+
+    def places(self, shape: torch.Size) -> Tensor | None:
+        """Row of each index along the axis that holds the rows; None where no one axis does."""
+        found = self.axis(shape)
+        if found is None:
+            return None
+        axis, inner = found
+        place = torch.arange(shape[axis]) // inner % self.count
+        return place if self.ids is None else self.ids[place.to(self.ids.device)]
+
+    def axis(self, shape: torch.Size) -> tuple[int, int] | None:
+        """(axis, elements of it between two places) for a tensor of that shape, or None."""
+        below = 1
+        for axis in reversed(range(len(shape))):
+            above = below * shape[axis]
+            if self.stride < above or self.stride == above == below == 0:
+                inner, rest = divmod(self.stride, below)
+                whole = not rest and shape[axis] % (inner * self.count) == 0
+                return (axis, inner) if whole else None
+            below = above
+        return None
+
+    @cached_property
+    def _order(self) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Places sorted by row, their rows, their number within the row, and the largest such."""
+        assert self.ids is not None
+        order = torch.argsort(self.ids, stable=True)
+        owner = self.ids[order]
+        order, owner = order[owner >= 0], owner[owner >= 0]
+        sizes = torch.bincount(owner) if len(owner) else owner
+        starts = torch.cumsum(sizes, 0) - sizes
+        within = torch.arange(len(owner), device=owner.device) - starts[owner]
+        return order, owner, within, int(sizes.max()) if len(owner) else 0
+
+    def gathered(self, tensor: Tensor, batch: int) -> Tensor:
+        """(count, n, ...) to (B, n', ...): each row's places side by side, then zeros."""
+        if self.ids is None:
+            return tensor
+        order, owner, within, most = self._order
+        out = tensor.new_zeros(batch, max(most, 1), *tensor.shape[1:])
+        out[owner, within] = tensor[order]
+        return out.flatten(1, 2)
+
+
+class _Mark:
+    """A tag without contents."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+FIRST = _Mark("FIRST")
+LOST = _Mark("LOST")
+Tag = Rows | _Mark
 
 
 def leaves(value: Any) -> Iterator[Tensor]:
@@ -22,39 +110,87 @@ def leaves(value: Any) -> Iterator[Tensor]:
             yield from leaves(item)
 
 
+def tag_of(value: Any) -> Tag | None:
+    """The tag of a tensor, or None."""
+    found: Tag | None = getattr(value, _ROWS, None) if isinstance(value, Tensor) else None
+    return found
+
+
 def is_tagged(value: Any) -> bool:
     """Whether the value is a tensor tagged as carrying rows."""
-    return isinstance(value, Tensor) and getattr(value, _ROWS, False)
+    return tag_of(value) is not None
 
 
-def tag(output: Any) -> Any:
+def tag(output: Any, rows: Tag = FIRST) -> Any:
     """Tag every tensor of an output; returns it."""
     for tensor in leaves(output):
-        setattr(tensor, _ROWS, True)
+        setattr(tensor, _ROWS, rows)
     return output
 
 
-def tagged(batch: Any, size: int) -> Any:
-    """Aliases of the batch's tensors, tagged as carrying rows where their first axis is B.
+def settled(rows: Tag, shape: torch.Size, batch: int) -> Tag:
+    """FIRST where the layout is just that, so that the usual case stays the quick one."""
+    if not isinstance(rows, Rows) or rows.count != batch or not shape or shape[0] % batch:
+        return rows
+    if rows.stride * batch != shape.numel():
+        return rows
+    plain = rows.ids is None or bool((rows.ids.cpu() == torch.arange(batch)).all())
+    return FIRST if plain else rows
 
-    Where no tensor's is, the batch is flattened, and tensors are tagged whose first axis B divides.
-    Beside rows-first tensors such a one is no row's own: positions (T,), say, with T = 2B.
+
+def layout(rows: Tag, shape: torch.Size, batch: int) -> Rows | None:
+    """The layout of a tensor of that shape written out; None where it is not known."""
+    if isinstance(rows, Rows):
+        return rows
+    if batch == 1 and rows is FIRST:
+        return Rows(1, max(shape.numel(), 1))
+    if rows is FIRST and shape and shape[0] and shape[0] % batch == 0:
+        return Rows(batch, shape.numel() // batch)
+    return None
+
+
+def split(tensor: Tensor, rows: Tag, batch: int, what: str, features: int = 1) -> Tensor:
+    """A tensor as (B, n, *features), n being whatever a row holds beside its features.
+
+    Args:
+        tensor: of any shape in which the rows lie as the tag says.
+        rows: its tag.
+        batch: B.
+        what: how to name it in an error.
+        features: how many trailing axes belong to the features.
+
+    Raises:
+        CaptureError: the rows are mixed, or lie along the features.
     """
-    flat = not any(t.ndim and t.shape[0] == size for t in leaves(batch))
-    return _tagged(batch, size, flat)
+    known = layout(rows, tensor.shape, batch)
+    shape = tuple(tensor.shape[tensor.ndim - features :])
+    width = torch.Size(shape).numel()
+    if known is None or known.stride % width or tensor.numel() % (known.count * known.stride):
+        raise cannot_split(tensor.shape, batch, what)
+    if rows is FIRST:
+        return tensor.reshape(batch, -1, *shape)
+    parted = tensor.reshape(-1, known.count, known.stride // width, *shape)
+    return known.gathered(parted.transpose(0, 1).flatten(1, 2), batch)
 
 
-def _tagged(batch: Any, size: int, flat: bool) -> Any:
-    if isinstance(batch, Tensor):
-        alias = batch.detach()
-        if alias.ndim and (alias.shape[0] == size or (flat and alias.shape[0] % size == 0)):
-            setattr(alias, _ROWS, True)
-        return alias
-    if isinstance(batch, Mapping):
-        named = {key: _tagged(value, size, flat) for key, value in batch.items()}
-        return named if isinstance(batch, dict) else type(batch)(named)  # type: ignore[call-arg]
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_tagged(value, size, flat) for value in batch))
-    if isinstance(batch, list | tuple):
-        return type(batch)(_tagged(value, size, flat) for value in batch)
-    return batch
+def cannot_split(shape: torch.Size, batch: int, what: str) -> CaptureError:
+    """The refusal of a tensor whose rows cannot be told apart."""
+    return CaptureError(
+        f"{what}: a tensor of shape {tuple(shape)} cannot be split into the {batch} rows of the "
+        f"batch: rows were mixed before (a mean over the batch, a sort across rows), or in a way "
+        f"that is not followed. Keep a row axis, or sketch with batches of one row."
+    )
+
+
+def masked(tensor: Tensor, rows: Tag, batch: int, row: int, what: str) -> Tensor:
+    """A copy of a tensor in which all but one row is zero."""
+    known = layout(rows, tensor.shape, batch)
+    if known is None or tensor.numel() % (known.count * known.stride):
+        raise cannot_split(tensor.shape, batch, what)
+    if known.ids is None:
+        own = torch.zeros(known.count, dtype=torch.bool, device=tensor.device)
+        own[row] = True
+    else:
+        own = (known.ids == row).to(tensor.device)
+    parted = tensor.reshape(-1, known.count, known.stride)
+    return torch.where(own[None, :, None], parted, 0).reshape(tensor.shape)

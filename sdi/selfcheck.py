@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sdi.batchrows import row_alone
 from sdi.capture import capture
 from sdi.errors import LoopError, SelfCheckError
 from sdi.estimators.sketched import Sketcher
@@ -143,7 +144,7 @@ class _Comparison:
         if wanted.narrow:  # autocast
             self._tolerance = LOOSE
         for at, row in enumerate(rows):
-            steps, total = step_gradients(loop, _row(batch, row, len(ids)), loss, names)
+            steps, total = step_gradients(loop, row_alone(batch, row, len(ids)), loss, names)
             if len(steps) > len(self._part.steps):
                 raise SelfCheckError(
                     f"row {ids[row]} alone runs {len(steps)} steps, in its batch "
@@ -230,17 +231,3 @@ class _Only:
 
     def _see(self, *tensors: Tensor) -> None:
         self.narrow = self.narrow or any(t.dtype in HALVES for t in tensors)
-
-
-def _row(batch: Any, row: int, size: int) -> Any:
-    """Row `row` of a batch as a batch of one; tensors without a row axis stay as they are."""
-    if isinstance(batch, Tensor):
-        return batch[row : row + 1] if batch.ndim and batch.shape[0] == size else batch
-    if isinstance(batch, Mapping):
-        named = {key: _row(value, row, size) for key, value in batch.items()}
-        return named if isinstance(batch, dict) else type(batch)(named)  # type: ignore[call-arg]
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_row(value, row, size) for value in batch))
-    if isinstance(batch, list | tuple):
-        return type(batch)(_row(value, row, size) for value in batch)
-    return batch

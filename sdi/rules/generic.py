@@ -2,8 +2,9 @@
 
 Row b's gradient is the vector-Jacobian product of the operation at δ with every other row set to
 zero. That is the definition, and needs no knowledge of the operation. Where operands and output
-are rows-first, the operation is run on row b alone, which costs a B-th; the rows' sum is held
-against the operation's own gradient, and the masked form, always right, serves where they differ.
+have their rows first, the operation is run on row b alone, which costs a B-th; the rows' sum is
+held against the operation's own gradient, and the masked form, always right, serves where they
+differ.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdi.errors import CaptureError
+from sdi.rowtags import FIRST, Tag, cannot_split, layout, leaves, masked, tag_of
 from sdi.rules.use import Use
 
 Gradients = dict[tuple[str, Any], Tensor | None]
@@ -21,12 +22,10 @@ Gradients = dict[tuple[str, Any], Tensor | None]
 
 def generic_rule(use: Use) -> bool:
     """Per-example vector-Jacobian products of one operation; serves whatever has no rule."""
-    if use.delta.ndim == 0 or use.delta.shape[0] % use.batch:
-        raise CaptureError(
-            f"{use.label}: the output of shape {tuple(use.delta.shape)} cannot be split into the "
-            f"{use.batch} rows of the batch. Put the batch axis first, or sketch one row a batch."
-        )
-    rows = _sliced(use) if use.batch > 1 else None
+    if use.batch > 1 and layout(use.rows, use.delta.shape, use.batch) is None:
+        raise cannot_split(use.delta.shape, use.batch, use.label)
+    plain = use.batch > 1 and all(t is FIRST for t in (use.rows, *_tags(use)))
+    rows = _sliced(use) if plain else None
     if rows is None:
         rows = [_row(use, b, False) for b in range(use.batch)]
     for at, weight in use.weights.items():
@@ -35,6 +34,11 @@ def generic_rule(use: Use) -> bool:
             zero = torch.zeros_like(weight.tensor)
             weight.emit(use.sink, use.step, torch.stack([zero if g is None else g for g in found]))
     return True
+
+
+def _tags(use: Use) -> list[Tag]:
+    found = [tag_of(t) for t in leaves((use.args, use.kwargs))]
+    return [t for t in found if t is not None]
 
 
 def _sliced(use: Use) -> list[Gradients] | None:
@@ -62,13 +66,11 @@ def _adds_up(rows: list[Tensor | None], whole: Tensor | None) -> bool:
 
 def _row(use: Use, row: int | None, sliced: bool) -> Gradients:
     """Gradient of every weight of the use for one row, or for all rows where it is None."""
-    leaves = {at: w.tensor.detach().requires_grad_() for at, w in use.weights.items()}
-    delta, size = use.delta, use.delta.shape[0] // use.batch
-    own = slice(None) if row is None else slice(row * size, (row + 1) * size)
+    aliases = {at: w.tensor.detach().requires_grad_() for at, w in use.weights.items()}
 
     def pick(at: tuple[str, Any], value: Any) -> Any:
-        if at in leaves:
-            return leaves[at]
+        if at in aliases:
+            return aliases[at]
         if isinstance(value, tuple | list):
             return type(value)(pick((at[0], (at[1], j)), v) for j, v in enumerate(value))
         if not isinstance(value, Tensor):
@@ -83,13 +85,15 @@ def _row(use: Use, row: int | None, sliced: bool) -> Gradients:
         kwargs = {k: pick(("kwargs", k), v) for k, v in use.kwargs.items()}
         output = use.function(*args, **kwargs)
     if not output.requires_grad:  # only its shape or type was taken from the weight
-        return dict.fromkeys(leaves)
-    if sliced:
-        grad = delta[own]
+        return dict.fromkeys(aliases)
+    if row is None or use.batch == 1:
+        grad = use.delta
+    elif sliced:
+        size = use.delta.shape[0] // use.batch
+        grad = use.delta[row * size : (row + 1) * size]
         if output.shape != grad.shape:
             raise ValueError("not sliceable")
     else:
-        grad = torch.zeros_like(delta)
-        grad[own] = delta[own]
-    found = torch.autograd.grad(output, list(leaves.values()), grad, allow_unused=True)
-    return dict(zip(leaves, found, strict=True))
+        grad = masked(use.delta, use.rows, use.batch, row, use.label)
+    found = torch.autograd.grad(output, list(aliases.values()), grad, allow_unused=True)
+    return dict(zip(aliases, found, strict=True))

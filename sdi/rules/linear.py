@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from sdi.rules.use import Use, Weight
-from sdi.shapes import rows_first
 
 
 def linear_rule(use: Use) -> bool:
@@ -15,9 +14,9 @@ def linear_rule(use: Use) -> bool:
         return False
     if weight is not None and weight.tensor.ndim != 2:
         return False
-    delta = rows_first(use.delta, use.batch, use.label)
+    delta = use.split_delta()
     if weight is not None:
-        weight.emit_outer(use.sink, use.step, delta, rows_first(inputs, use.batch, use.label))
+        weight.emit_outer(use.sink, use.step, delta, use.split(inputs))
     if bias is not None:
         bias.emit(use.sink, use.step, delta.sum(dim=1))
     return True
@@ -42,7 +41,7 @@ def addmm_rule(use: Use) -> bool:
     if weight is not None and not _product(use, inputs, weight):
         return False
     if bias is not None:
-        bias.emit(use.sink, use.step, rows_first(use.delta, use.batch, use.label).sum(dim=1))
+        bias.emit(use.sink, use.step, use.split_delta().sum(dim=1))
     return True
 
 
@@ -51,6 +50,5 @@ def _product(use: Use, inputs: Tensor, weight: Weight | None) -> bool:
         return False
     if not use.is_rowwise(inputs):
         return False
-    left = rows_first(inputs, use.batch, use.label)
-    weight.emit_outer(use.sink, use.step, left, rows_first(use.delta, use.batch, use.label))
+    weight.emit_outer(use.sink, use.step, use.split(inputs), use.split_delta())
     return True

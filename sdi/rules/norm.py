@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor
 
 from sdi.rules.use import Use, Weight
 
@@ -29,17 +28,9 @@ def _norm(
     weight = use.weight(2, "weight")
     if not use.is_rowwise(inputs) or use.weight(0, "input") is not None:
         return False
-    if inputs.shape[0] % use.batch:
-        return False
     if weight is not None:
         hat = normalise(inputs.detach().to(use.delta.dtype), shape, **options)
-        weight.emit(use.sink, use.step, _pooled(use.delta * hat, use.batch, len(shape)))
+        weight.emit(use.sink, use.step, use.split_delta(use.delta * hat, len(shape)).sum(dim=1))
     if bias is not None:
-        bias.emit(use.sink, use.step, _pooled(use.delta, use.batch, len(shape)))
+        bias.emit(use.sink, use.step, use.split_delta(features=len(shape)).sum(dim=1))
     return True
-
-
-def _pooled(gradient: Tensor, batch: int, features: int) -> Tensor:
-    """(B or B·T, ..., *shape) summed to (B, *shape)."""
-    shape = gradient.shape[gradient.ndim - features :]
-    return gradient.reshape(batch, -1, *shape).sum(dim=1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sdi.errors import CaptureError
+from sdi.rowtags import FIRST, Tag, is_tagged, split, tag_of
 from sdi.sinks import Sink
 
 
@@ -72,7 +72,7 @@ class Use:
         delta: gradient of Σ_b ℓ_b with respect to the output.
         versions: versions of the tensor operands when they were used.
         sink: receives the gradients.
-        is_rowwise: whether an operand carries rows of the batch.
+        rows: where the rows lie in the output, and so in delta.
     """
 
     function: Any
@@ -82,7 +82,7 @@ class Use:
     step: int
     batch: int
     sink: Sink
-    is_rowwise: Callable[[Any], bool]
+    rows: Tag
     delta: Tensor
     versions: list[tuple[Tensor, int]]
 
@@ -101,6 +101,19 @@ class Use:
     def weight(self, position: int, keyword: str) -> Weight | None:
         """The weight at that operand, if one stood there."""
         return self.weights.get(("args", position)) or self.weights.get(("kwargs", keyword))
+
+    def is_rowwise(self, value: Any) -> bool:
+        """Whether an operand carries rows of the batch."""
+        return is_tagged(value)
+
+    def split(self, tensor: Tensor, features: int = 1) -> Tensor:
+        """An operand as (B, n, *features); refused where its rows cannot be told apart."""
+        return split(tensor, tag_of(tensor) or FIRST, self.batch, self.label, features)
+
+    def split_delta(self, gradient: Tensor | None = None, features: int = 1) -> Tensor:
+        """`delta`, or a tensor of its shape, as (B, n, *features)."""
+        tensor = self.delta if gradient is None else gradient
+        return split(tensor, self.rows, self.batch, self.label, features)
 
     def check_unchanged(self) -> None:
         """Refuse where an operand was modified in place after the use."""

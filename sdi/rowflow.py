@@ -1,0 +1,414 @@
+"""How the layout of rows passes through a torch call: from the operands' tags to the output's.
+
+Nearly every call keeps rows first where they are first, and that costs nothing here. What moves or
+picks axes is not interpreted, argument by argument, but tried: the same call on a tensor that holds
+the number of the place in every element shows where the places went. It has stride 0 along all
+other axes, so that it takes no memory. Reshapes leave a layout true as it stands. Products,
+reductions, concatenations and einsum have a function each. All other calls are taken to keep the
+axis, counted from the front, or from the end where they broadcast; a layout that does not fit the
+output is LOST.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdi.rowtags import FIRST, LOST, Rows, Tag, layout, leaves, settled, tag, tag_of
+
+_GETTERS: Any = Tensor  # property objects, which the stubs declare as tensors
+_MOVING_GETTERS = {getattr(_GETTERS, name).__get__ for name in ("T", "mT", "H", "mH")}
+_MOVES = {
+    "t", "transpose", "transpose_", "swapaxes", "swapdims", "permute", "movedim", "moveaxis",
+    "adjoint", "rot90", "flip", "roll", "expand", "expand_as", "broadcast_to", "select", "narrow",
+    "unbind", "chunk", "split", "tensor_split", "split_with_sizes", "unfold", "diagonal",
+    "__getitem__", "index_select", "masked_select", "take_along_dim", "repeat", "tile",
+    "repeat_interleave", "gather", "unsafe_chunk", "unsafe_split", "hsplit", "vsplit", "dsplit",
+}  # fmt: skip
+_VIEWS = _MOVES - {
+    "rot90", "flip", "roll", "index_select", "masked_select", "take_along_dim", "repeat", "tile",
+    "repeat_interleave", "gather",
+}  # fmt: skip
+_RESHAPES = {
+    "view", "reshape", "flatten", "unflatten", "ravel", "view_as", "reshape_as", "squeeze",
+    "squeeze_", "unsqueeze", "unsqueeze_", "_unsafe_view", "contiguous", "clone",
+}  # fmt: skip
+_REDUCTIONS = {
+    "sum", "mean", "prod", "amax", "amin", "max", "min", "std", "var", "logsumexp", "norm",
+    "argmax", "argmin", "any", "all", "median", "nansum", "nanmean", "vector_norm", "count_nonzero",
+}  # fmt: skip
+_MIXING = {"sort", "argsort", "topk", "cumsum", "cumprod", "logcumsumexp", "cummax", "cummin"}
+_SHAPELESS = {"nonzero", "unique", "unique_consecutive", "bincount", "histc"}
+_WRITES = {
+    f"{name}{end}"
+    for name in ("index_add", "index_copy", "index_put", "index_fill", "scatter", "scatter_add",
+                 "scatter_reduce", "index_reduce", "masked_scatter")
+    for end in ("", "_")
+}  # fmt: skip
+
+
+def pass_on(func: Any, args: Any, kwargs: Any, output: Any, carriers: list[Tensor], b: int) -> Any:
+    """Tag the output of a call in which `carriers` held rows of a batch of `b`; returns it."""
+    found = list(leaves(output))
+    if not found:
+        return output
+    handler = _HANDLERS.get(getattr(func, "__name__", ""))
+    if func in _MOVING_GETTERS:
+        handler = _moved
+    if b == 1 or (handler is None and _plain(args, found, carriers)):
+        return tag(output)
+    if handler is None:
+        rows = [_kept(carriers, t, b) for t in found]
+    else:
+        rows = list(handler(func, args, kwargs, found, carriers, b))
+    for tensor, known in zip(found, rows, strict=True):
+        if known is not LOST or tensor.is_floating_point() or tensor.is_complex():
+            tag(tensor, settled(known, tensor.shape, b))  # lost numbers are constants
+    return output
+
+
+def _plain(args: Any, found: Found, carriers: list[Tensor]) -> bool:
+    """Whether rows are first in every operand, and the output is not broadcast to more axes."""
+    if not all(_tag(t) is FIRST for t in carriers):
+        return False
+    most = max(t.ndim for t in carriers)
+    return all(t.ndim <= most or not any(a.ndim == t.ndim for a in leaves(args)) for t in found)
+
+
+def _tag(tensor: Tensor) -> Tag:
+    """A tensor on autograd's graph that no call tagged carries rows as well: first, it is taken."""
+    known = tag_of(tensor)
+    return FIRST if known is None else known
+
+
+Found = Sequence[Tensor]
+
+
+def _source(args: Any, kwargs: Any) -> Any:
+    return args[0] if args else kwargs.get("input", kwargs.get("tensors"))
+
+
+def _kept(carriers: list[Tensor], out: Tensor, b: int) -> Tag:
+    """The layout of the operand that has the output's shape, or of the largest."""
+
+    def fit(tensor: Tensor) -> tuple[bool, bool, bool, int]:
+        same, told = tensor.shape == out.shape, tag_of(tensor) not in (None, LOST)
+        return same, tensor.ndim == out.ndim, told, tensor.numel()
+
+    best = max(carriers, key=fit)
+    if _tag(best) is FIRST and best.ndim >= out.ndim:
+        return FIRST
+    known = layout(_tag(best), best.shape, b)
+    at = known.axis(best.shape) if known else None
+    if known is None or at is None:
+        return known if known is not None and best.shape == out.shape else LOST
+    axis, inner = at
+    size = best.shape[axis]
+    places = [axis] if best.ndim == out.ndim else [axis, axis + out.ndim - best.ndim]
+    if best.ndim < out.ndim:
+        places.reverse()  # broadcasting counts from the end
+    fits = [p for p in places if 0 <= p < out.ndim and out.shape[p] == size]
+    return _on_axis(known, out.shape, fits[0], inner) if fits else LOST
+
+
+def _on_axis(known: Rows, shape: torch.Size, axis: int, inner: int) -> Rows:
+    """The same places along `axis` of another shape."""
+    return Rows(known.count, inner * shape[axis + 1 :].numel(), known.ids)
+
+
+def _reshaped(_func: Any, args: Any, kwargs: Any, found: Found, carriers: Any, b: int) -> list[Tag]:
+    source = _source(args, kwargs)
+    if not any(source is t for t in carriers):
+        return [_kept(carriers, t, b) for t in found]
+    rows = _tag(source)
+    known = layout(rows, source.shape, b)
+    out: list[Tag] = []
+    for tensor in found:
+        same = tensor.numel() == source.numel()
+        first = rows is FIRST and tensor.ndim > 0 and tensor.shape[0] % b == 0
+        out.append(rows if first or known is None else known if same else LOST)
+    return out
+
+
+def _moved(func: Any, args: Any, kwargs: Any, found: Found, carriers: Any, b: int) -> list[Tag]:
+    """Try the call on the numbers of the places."""
+    source = _source(args, kwargs)
+    if not any(source is t for t in carriers):  # rows come by way of an index
+        return [_looked_up(t, carriers, b) for t in found]
+    rest = args[1:] if args else ()
+    named = {k: v for k, v in kwargs.items() if k not in ("input", "out")}
+    name = getattr(func, "__name__", "")
+    indexed = (name not in _VIEWS and name != "__get__") or any(_is_index(v) for v in rest)
+    if not indexed and _tag(source) is FIRST and all(_leads_as(source, t) for t in found):
+        return [FIRST for _ in found]
+    known = layout(_tag(source), source.shape, b)
+    at = known.axis(source.shape) if known is not None else None
+    if known is None or at is None:
+        return [_tag(source) if _tag(source) is FIRST else LOST for _ in found]
+    axis, shape, tail = at[0], source.shape, torch.Size()
+    if name == "__getitem__":
+        taken = max(axis + 1, _axes_taken(args[1], len(shape)))
+        shape, tail = shape[:taken], shape[taken:]
+    line = torch.arange(shape[axis], device=source.device if indexed else None)
+    probe = line.view([-1 if i == axis else 1 for i in range(len(shape))]).expand(shape)
+    with torch.no_grad():
+        tried = list(leaves(func(probe, *rest, **named)))
+    owners = known.places(source.shape)
+    if owners is None:
+        return [LOST for _ in found]
+    return [_described(known, owners.to(where.device), where, tail.numel()) for where in tried]
+
+
+def _is_index(value: Any) -> bool:
+    """Whether a part of a call's arguments picks single elements, so that the result is a copy."""
+    if isinstance(value, tuple):
+        return any(_is_index(v) for v in value)
+    return isinstance(value, list | Tensor)
+
+
+def _leads_as(source: Tensor, view: Tensor) -> bool:
+    """Whether a view still has the source's first axis first, and whole."""
+    step = source.stride(0) if source.ndim else 0
+    return bool(step and view.ndim and len(view) == len(source) and view.stride(0) == step)
+
+
+def _axes_taken(index: Any, ndim: int) -> int:
+    """How many leading axes an index tells about; all of them where it has an ellipsis."""
+    items = index if isinstance(index, tuple) else (index,)
+    if any(item is Ellipsis for item in items):
+        return ndim
+    masks = [i.ndim if isinstance(i, Tensor) and i.dtype == torch.bool else 1 for i in items]
+    return sum(n for n, item in zip(masks, items, strict=True) if item is not None)
+
+
+def _described(known: Rows, owners: Tensor, where: Tensor, below: int) -> Tag:
+    """The layout of an output of which `where` tells the place on the source's row axis.
+
+    Args:
+        owners: the row of every place.
+        where: as the output, less trailing axes of `below` elements.
+    """
+    if where.numel() == 0:
+        return LOST
+    for axis in reversed(range(where.ndim)):  # what has stride 0 was never the row axis
+        if where.shape[axis] > 1 and where.stride(axis):
+            break
+        below *= where.shape[axis]
+        where = where.select(axis, 0)
+    while where.ndim and (where.shape[0] == 1 or not where.stride(0)):
+        where = where[0]
+    ids = owners[where]
+    while ids.ndim > 1 and bool((ids == ids[..., :1]).all()):
+        below *= ids.shape[-1]
+        ids = ids[..., 0]
+    while ids.ndim > 1 and bool((ids == ids[:1]).all()):
+        ids = ids[0]
+    return _simplest(ids.reshape(-1), below, known)
+
+
+def _simplest(ids: Tensor, stride: int, known: Rows) -> Rows:
+    """Each place's row, without a list where row b's places are the b-th equal part."""
+    if known.ids is None and len(ids) % known.count == 0:
+        inner = len(ids) // known.count
+        regular = torch.arange(len(ids), device=ids.device) // inner
+        if bool((ids == regular).all()):
+            return Rows(known.count, stride * inner)
+        every = torch.arange(len(ids), device=ids.device) % known.count
+        if bool((ids == every).all()):
+            return Rows(known.count, stride)
+    return Rows(len(ids), stride, ids)
+
+
+def _looked_up(out: Tensor, carriers: list[Tensor], b: int) -> Tag:
+    """A table read at indices that carry rows: their axes come first in the output."""
+    index = max(carriers, key=lambda t: t.numel())
+    rows = _tag(index)
+    known = layout(rows, index.shape, b)
+    if rows is FIRST or known is None:
+        return rows
+    if out.shape[: index.ndim] != index.shape:
+        return LOST
+    return Rows(known.count, known.stride * out.shape[index.ndim :].numel(), known.ids)
+
+
+def _embedded(_f: Any, _a: Any, _k: Any, found: Found, carriers: Any, b: int) -> list[Tag]:
+    return [_looked_up(t, carriers, b) for t in found]
+
+
+def _reduced(func: Any, args: Any, kwargs: Any, found: Found, carriers: Any, b: int) -> list[Tag]:
+    source = _source(args, kwargs)
+    if not any(source is t for t in carriers):
+        return [_kept(carriers, t, b) for t in found]
+    dim = kwargs.get("dim", kwargs.get("axis", _second(func, args)))
+    if isinstance(dim, Tensor):  # torch.max(x, y)
+        return [_kept(carriers, t, b) for t in found]
+    known = layout(_tag(source), source.shape, b)
+    at = known.axis(source.shape) if known is not None else None
+    if known is None or at is None:
+        return [LOST for _ in found]
+    dims = range(source.ndim) if dim is None else [dim] if isinstance(dim, int) else list(dim)
+    gone = {d % source.ndim for d in dims}
+    if at[0] in gone or not dims:
+        return [LOST for _ in found]
+    out: list[Tag] = []
+    for tensor in found:
+        keep = tensor.ndim == source.ndim
+        axis = at[0] if keep else at[0] - sum(d < at[0] for d in gone)
+        out.append(_on_axis(known, tensor.shape, axis, at[1]))
+    return out
+
+
+def _second(func: Any, args: Any) -> Any:
+    at = 2 if getattr(func, "__name__", "") in ("norm", "vector_norm") else 1
+    return args[at] if len(args) > at else None
+
+
+def _mixed(func: Any, args: Any, kwargs: Any, found: Found, _c: Any, b: int) -> list[Tag]:
+    """Sorts and running sums along an axis: lost where that is the rows' own."""
+    source = _source(args, kwargs)
+    name = getattr(func, "__name__", "")
+    default = -1 if name in ("sort", "argsort", "topk") else None
+    position = 2 if name == "topk" else 1
+    dim = kwargs.get("dim", args[position] if len(args) > position else default)
+    known = layout(_tag(source), source.shape, b) if isinstance(source, Tensor) else None
+    at = known.axis(source.shape) if known is not None else None
+    if known is None or at is None or not isinstance(dim, int) or dim % source.ndim == at[0]:
+        return [LOST for _ in found]
+    return [_on_axis(known, t.shape, *at) for t in found]
+
+
+def _joined(func: Any, args: Any, kwargs: Any, found: Found, carriers: Any, b: int) -> list[Tag]:
+    """`cat` and `stack`."""
+    tensors = list(_source(args, kwargs))
+    dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+    stacked = getattr(func, "__name__", "") == "stack"
+    out = found[0]
+    dim %= out.ndim
+    first = next(t for t in tensors if any(t is c for c in carriers))
+    known = layout(_tag(first), first.shape, b)
+    at = known.axis(first.shape) if known is not None else None
+    if known is None or at is None:
+        return [LOST]
+    axis, inner = at
+    if stacked:
+        return [_on_axis(known, out.shape, axis + (dim <= axis), inner)]
+    if dim != axis:
+        return [_on_axis(known, out.shape, axis, inner)]
+    parts = [layout(_tag(t), t.shape, b) for t in tensors]
+    owners = [p.places(t.shape) if p else None for p, t in zip(parts, tensors, strict=True)]
+    whose = [o for o in owners if o is not None]
+    if len(whose) < len(owners):
+        return [LOST]
+    return [_simplest(torch.cat(whose), out.shape[dim + 1 :].numel(), Rows(b, 1))]
+
+
+def _multiplied(
+    func: Any, args: Any, kwargs: Any, found: Found, carriers: Any, b: int
+) -> list[Tag]:
+    """A matrix product: batch axes from the end, rows of the left, columns of the right."""
+    operands = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+    if getattr(func, "__name__", "") in ("addmm", "baddbmm", "addbmm", "addmv"):
+        operands = operands[1:]
+    if getattr(func, "__name__", "") == "__rmatmul__":
+        operands.reverse()
+    out = found[0]
+    for side, operand in enumerate(operands[:2]):
+        if not any(operand is t for t in carriers):
+            continue
+        known = layout(_tag(operand), operand.shape, b)
+        at = known.axis(operand.shape) if known is not None else None
+        if known is None or at is None:
+            return [_tag(operand) if operand.ndim > 2 else LOST]
+        from_end = at[0] - operand.ndim
+        summed = -1 if side == 0 or operand.ndim == 1 else -2
+        vector = operands[1 - side].ndim == 1 and side == 0  # x @ v has lost its last axis
+        if from_end == summed:
+            return [LOST]
+        axis = from_end + out.ndim + int(vector)
+        if 0 <= axis < out.ndim and out.shape[axis] == operand.shape[at[0]]:
+            return [_on_axis(known, out.shape, axis, at[1])]
+        return [LOST]
+    return [_kept(carriers, out, b)]
+
+
+def _einsum(_f: Any, args: Any, _k: Any, found: Found, carriers: Any, b: int) -> list[Tag]:
+    equation, *operands = args
+    tensors = list(leaves(operands))
+    if not isinstance(equation, str):
+        return [LOST]
+    left, _, right = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    if not right and "->" not in equation:
+        joined = "".join(terms)
+        right = "".join(sorted(c for c in set(joined) if joined.count(c) == 1 and c.isalpha()))
+    for term, tensor in zip(terms, tensors, strict=True):
+        if not any(tensor is t for t in carriers):
+            continue
+        known = layout(_tag(tensor), tensor.shape, b)
+        at = known.axis(tensor.shape) if known is not None else None
+        if known is None or at is None:
+            return [LOST]
+        axis = _letter(term, right, at[0], tensor.ndim, found[0].ndim)
+        return [LOST if axis is None else _on_axis(known, found[0].shape, axis, at[1])]
+    return [LOST]
+
+
+def _letter(term: str, right: str, axis: int, ndim: int, out: int) -> int | None:
+    """Where the axis of an operand is in the output of an einsum."""
+    dots = ndim - len(term.replace("...", ""))
+    letters = list(term.replace("...", "\0" * dots))
+    if letters[axis] == "\0":
+        after = dots - sum(c == "\0" for c in letters[:axis])
+        ahead = right.partition("...")[0]
+        wide = out - len(right.replace("...", ""))
+        return len(ahead) + wide - after
+    plain = list(right.replace("...", "\0" * (out - len(right.replace("...", "")))))
+    return plain.index(letters[axis]) if letters[axis] in plain else None
+
+
+def _lost(_f: Any, _a: Any, _k: Any, found: Found, _c: Any, _b: int) -> list[Tag]:
+    return [LOST for _ in found]
+
+
+def _written(_f: Any, args: Any, kwargs: Any, found: Found, _c: Any, _b: int) -> list[Tag]:
+    """Places of a tensor are overwritten or added to: its own layout stays."""
+    return [_tag(_source(args, kwargs)) for _ in found]
+
+
+def _linear(_f: Any, args: Any, kwargs: Any, found: Found, carriers: Any, b: int) -> list[Tag]:
+    source = _source(args, kwargs)
+    rows = [_kept(carriers, t, b) for t in found]
+    known = layout(_tag(source), source.shape, b)
+    at = known.axis(source.shape) if known is not None else None
+    summed = at is not None and at[0] == source.ndim - 1
+    return [LOST for _ in found] if summed else rows
+
+
+def _where(func: Any, args: Any, kwargs: Any, found: Found, carriers: Any, b: int) -> list[Tag]:
+    return (
+        _lost(func, args, kwargs, found, carriers, b)
+        if len(args) == 1 and not kwargs
+        else [_kept(carriers, t, b) for t in found]
+    )
+
+
+Handler = Callable[[Any, Any, Any, Found, list[Tensor], int], list[Tag]]
+_HANDLERS: dict[str, Handler] = {
+    **dict.fromkeys(_MOVES, _moved),
+    **dict.fromkeys(_RESHAPES, _reshaped),
+    **dict.fromkeys(_REDUCTIONS, _reduced),
+    **dict.fromkeys(_MIXING, _mixed),
+    **dict.fromkeys(_SHAPELESS, _lost),
+    **dict.fromkeys(("cat", "concat", "concatenate", "stack"), _joined),
+    **dict.fromkeys(
+        ("matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "addmm", "baddbmm"), _multiplied
+    ),
+    **dict.fromkeys(_WRITES, _written),
+    "einsum": _einsum,
+    "linear": _linear,
+    "embedding": _embedded,
+    "where": _where,
+}
