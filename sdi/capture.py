@@ -24,7 +24,7 @@ Python (`multi_head_attention_forward`) are entered. Compiled models run eagerly
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -32,10 +32,11 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sdi import rules
+from sdi import refusals, rules
+from sdi.aside import only_body_trains
 from sdi.batchrows import tagged
-from sdi.errors import CaptureError, LoopError
 from sdi.loop import Loop, StepCounter
+from sdi.recompute import Operands, in_replayed_region, reentrant, restored
 from sdi.rowflow import pass_on
 from sdi.rowtags import FIRST, is_tagged, leaves, tag, tag_of
 from sdi.rules.elementwise import add_rule
@@ -64,15 +65,20 @@ class Trace:
 
     Attributes:
         losses: (B,) detached.
-        steps: number of steps of the loop.
-        detached: zero-based steps in which parameters were used without a gradient only.
+        labels: of the steps "1" … "τ", between "prelude" and "coda" where the loop asks for them.
+        detached: labels of the steps in which parameters were used without a gradient only.
         served: parameter name → names of the rules that served it.
     """
 
     losses: Tensor
-    steps: int
-    detached: tuple[int, ...]
+    labels: tuple[str, ...]
+    detached: tuple[str, ...]
     served: dict[str, set[str]] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> int:
+        """How many bins there are: steps, and prelude and coda where the loop asks for them."""
+        return len(self.labels)
 
 
 def capture(
@@ -95,9 +101,12 @@ def capture(
     mode = _CaptureMode(loop, sink, size)
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(_only_body_trains(loop))
+        stack.enter_context(only_body_trains(loop))
         stack.enter_context(_counting(loop, mode))
+        stack.enter_context(reentrant(mode.unseen_gradients, mode.noted_state))
         stack.enter_context(torch.enable_grad())
+        # Regions are run again by the thread that has the mode, on a GPU too.
+        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         with mode:
             losses = loss(loop.model, tagged(batch, size))
         check(losses)
@@ -106,25 +115,9 @@ def capture(
         total = losses.sum()
         with mode:  # entered: as a torch call of its own, backward would hide all recomputation
             entered(torch.autograd.backward)(total)
+        mode.refuse_after_backward()
         mode.release()
-    return Trace(losses.detach(), mode.steps.count, mode.detached_steps(), mode.served)
-
-
-@contextmanager
-def _only_body_trains(loop: Loop) -> Iterator[None]:
-    """Everything but the attributed parameters is frozen meanwhile; `.grad` is set aside."""
-    body = {id(p) for p in loop.parameters().values()}
-    others = [p for p in loop.model.parameters() if p.requires_grad and id(p) not in body]
-    gradients = [(p, p.grad) for p in loop.model.parameters()]
-    try:
-        for parameter in others:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in others:
-            parameter.requires_grad_(True)
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
+    return Trace(losses.detach(), mode.labels(), mode.detached_steps(), mode.served)
 
 
 @contextmanager
@@ -163,13 +156,16 @@ class _CaptureMode(TorchFunctionMode):
         for name, p in loop.parameters().items():
             self._weights[id(p)] = Weight(p, name, False, {name: p})
         self._used: set[int] = set()
-        self._blind: dict[int, str] = {}
+        self._blind: set[int] = set()
+        self._hidden = 0
         self._outside: set[str] = set()
         self._unmade: dict[int, Use] = {}
-        self._makers: dict[Any, Any] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.autograd.backward:  # of a reentrant region: more may be nested in it
+            with self:
+                return entered(func)(*args, **kwargs)
         operands = list(leaves((args, kwargs)))
         carriers = [t for t in operands if self._carries_rows(t)]
         if not any(id(t) in self._weights for t in operands):
@@ -195,8 +191,8 @@ class _CaptureMode(TorchFunctionMode):
     def _blind_use(self, func: Any, args: Any, kwargs: Any, carriers: list[Tensor]) -> Any:
         """A use without a gradient: nothing flows, and the step is reported as detached."""
         output = func(*args, **kwargs)
-        if carriers and self.steps.current is not None and not self.replaying:
-            self._blind[self.steps.current] = getattr(func, "__name__", str(func))
+        if carriers and self.steps.current is not None and not (self.replaying or self._hidden):
+            self._blind.add(self.steps.current)
         return self._passed(func, args, kwargs, output, carriers)
 
     def _derive(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -229,21 +225,17 @@ class _CaptureMode(TorchFunctionMode):
         self._refuse_writes(func, args, kwargs)
         weights: dict[tuple[str, Any], Weight] = {}
 
-        def swap(at: tuple[str, Any], value: Any, record: bool) -> Any:
+        def swap(at: tuple[str, Any], value: Any) -> Any:
             if isinstance(value, list | tuple):
-                items = [swap((at[0], (at[1], j)), v, record) for j, v in enumerate(value)]
+                items = [swap((at[0], (at[1], j)), v) for j, v in enumerate(value)]
                 return type(value)(items)
-            if not isinstance(value, Tensor):
-                return value
-            if id(value) in self._weights:
+            if isinstance(value, Tensor) and id(value) in self._weights:
                 weights[at] = self._weights[id(value)]
                 return value.detach()
-            if record and (value.requires_grad or is_tagged(value)):
-                return tag(value.detach(), tag_of(value) or FIRST)
             return value
 
-        run = [swap(("args", i), v, False) for i, v in enumerate(args)]
-        run_named = {k: swap(("kwargs", k), v, False) for k, v in kwargs.items()}
+        run = tuple(swap(("args", i), v) for i, v in enumerate(args))
+        run_named = {k: swap(("kwargs", k), v) for k, v in kwargs.items()}
         output = func(*run, **run_named)
         if not isinstance(output, Tensor):
             return self._many_outputs(func, weights, output)
@@ -254,68 +246,73 @@ class _CaptureMode(TorchFunctionMode):
         if not output.requires_grad:
             output = output.detach().requires_grad_().clone()  # no leaf: it may change in place
         self._passed(func, args, kwargs, output, carriers)
-        if self.replaying:
-            self._refuse_reentrant(weights)
-        else:
-            kept = [swap(("args", i), v, True) for i, v in enumerate(args)]
-            kept_named = {k: swap(("kwargs", k), v, True) for k, v in kwargs.items()}
-            self._record(func, kept, kept_named, weights, output)
+        held = {id(t) for t in leaves((run, run_named)) if not self._carries_rows(t)}
+        operands = Operands(run, run_named, held)
+        if not self.replaying:
+            self._record(func, operands, weights, output)
+        elif not in_replayed_region():
+            raise refusals.foreign_checkpointing(weights.values())
         return output
-
-    def _refuse_reentrant(self, weights: dict[Any, Weight]) -> None:
-        if self._blind:
-            names = ", ".join(sorted({n for w in weights.values() for n in w.parameters}))
-            raise CaptureError(
-                f"{names}: recomputed in the backward pass after a forward pass without gradients, "
-                f"as reentrant checkpointing does. Checkpoint with use_reentrant=False, or switch "
-                f"gradient checkpointing off while sketching."
-            )
 
     # -- recording -----------------------------------------------------------------------------
 
     def _record(
-        self, func: Any, args: Any, kwargs: Any, weights: dict[Any, Weight], output: Tensor
+        self, func: Any, operands: Operands, weights: dict[Any, Weight], output: Tensor
     ) -> None:
         step = self.steps.current
         if step is None:
             self._outside |= {n for w in weights.values() for n in w.parameters}
-            return
+            if not self._loop.outside:
+                return
+            step = -1 - self.steps.count
         self._used.add(step)
-        versions = [(t, t._version) for t in leaves((args, kwargs)) if is_tagged(t)]
         use = Use(
-            func, tuple(args), kwargs, weights, step, self._size, self._sink,
-            tag_of(output) or FIRST, torch.empty(0), versions,
+            func, (), {}, weights, step, self._size, self._sink, tag_of(output) or FIRST,
+            torch.empty(0),
         )  # fmt: skip
         self._unmade[id(use)] = use
         hooked, shape = origin(output), output.shape
 
         def receive(delta: Tensor) -> None:
+            nonlocal operands
             if not self.replaying:
-                raise CaptureError(
-                    f"{use.label}: differentiated during the forward pass (a gradient inside of "
-                    f"the model or the loss), and a gradient of a gradient cannot be attributed. "
-                    f"Leave that term out of the loss while sketching."
-                )
+                raise refusals.inner_gradient(use)
             if self._unmade.pop(id(use), None) is not None:
-                self._serve(replace(use, delta=delta.detach().reshape(shape)))
-                use.args, use.kwargs, use.versions = (), {}, []  # the graph keeps this closure
+                self._serve(replace(use, delta=delta.detach().reshape(shape)), operands)
+                del operands  # the graph keeps this closure
 
         hooked.register_hook(receive)  # type: ignore[no-untyped-call]
 
-    def _serve(self, use: Use) -> None:
+    def _serve(self, use: Use, operands: Operands) -> None:
         if use.delta.numel() == 0:
             return
-        with torch.no_grad(), torch._C.DisableTorchFunction():
-            rule = rules.find(use.function)
-            if rule is not add_rule:  # a sum's gradient needs no operand
-                use.check_unchanged()
-            served = rule is not None and rule(use)
+        rule = rules.find(use.function)
+        use = replace(use, step=self._bin(use.step))
+        served = False
+        if rule is add_rule:  # a sum's gradient needs no operand, which may be gone
+            served = self._applied(rule, use, operands.shapes())
+        if not served:
+            arguments = restored(use, operands)
+            served = rule is not None and self._applied(rule, use, arguments)
             if not served:
-                generic_rule(use)
+                self._applied(generic_rule, use, arguments)
         kind = rule.__name__ if served and rule is not None else "generic"
         for weight in use.weights.values():
             for name in weight.parameters:
                 self.served.setdefault(name, set()).add(kind.removesuffix("_rule"))
+
+    def _applied(self, rule: rules.Rule, use: Use, arguments: tuple[Any, Any]) -> bool:
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            return rule(replace(use, args=arguments[0], kwargs=arguments[1]))
+
+    def _bin(self, step: int) -> int:
+        """The index of a step among the bins; of what is outside, `step` is -1 - steps before."""
+        if not self._loop.outside:
+            return step
+        before = -1 - step
+        if step >= 0:
+            return step + 1
+        return before if before < self.steps.count else self.steps.count + 1
 
     def _refuse_writes(self, func: Any, args: Any, kwargs: Any) -> None:
         """An in-place operation that has no out-of-place twin here, or one with `out=`."""
@@ -323,54 +320,65 @@ class _CaptureMode(TorchFunctionMode):
         writes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
         if writes or kwargs.get("out") is not None:
             found = [self._weights[id(t)] for t in leaves((args, kwargs)) if id(t) in self._weights]
-            names = ", ".join(sorted({n for w in found for n in w.parameters}))
-            raise CaptureError(
-                f"{names}: '{name}' writes a parameter's values into an activation in place, which "
-                f"cannot be attributed. Use the out-of-place operation (torch.where, torch.cat)."
-            )
+            raise refusals.written_in_place(found, name)
 
     def _many_outputs(self, func: Any, weights: dict[Any, Weight], output: Any) -> Any:
-        names = ", ".join(sorted({n for w in weights.values() for n in w.parameters}))
         if not any(t.is_floating_point() for t in leaves(output)):
             return output
-        raise CaptureError(
-            f"{names}: {getattr(func, '__name__', func)} returns several tensors, which cannot be "
-            f"attributed. Use a module made of single-output operations in its place."
-        )
+        raise refusals.several_outputs(weights.values(), func)
 
     def _carries_rows(self, tensor: Tensor) -> bool:
         if id(tensor) in self._weights:
             return False
         return is_tagged(tensor) or tensor.requires_grad
 
+    # -- regions that run again ----------------------------------------------------------------
+
+    @contextmanager
+    def unseen_gradients(self) -> Iterator[None]:
+        """Around the first run of a reentrant region: that it has no gradients says nothing."""
+        self._hidden += 1
+        try:
+            yield
+        finally:
+            self._hidden -= 1
+
+    def noted_state(self) -> Callable[[], AbstractContextManager[None]]:
+        """Note the step in which a region begins; the result goes around its second run."""
+        state = self.steps.state()
+        return lambda: self._rerun(state)
+
+    @contextmanager
+    def _rerun(self, state: tuple[Any, ...]) -> Iterator[None]:
+        now, replaying = self.steps.state(), self.replaying
+        self.steps.restore(state)
+        self.replaying = False
+        try:
+            yield
+        finally:
+            self.steps.restore(now)
+            self.replaying = replaying
+
     # -- refusals ------------------------------------------------------------------------------
 
     def refuse_after_forward(self, losses: Tensor) -> None:
         """Refuse bodies that were never called, uses outside the body, and uses not seen."""
-        names = ", ".join(self._loop.names)
         if self.steps.count == 0:
-            raise LoopError(
-                f"the body {names} was never called in the forward pass: expected at least one "
-                f"call. Name a module whose forward runs; sdi.find_loops(model, batch) lists them."
-            )
-        if self._outside:
-            raise CaptureError(
-                f"{', '.join(sorted(self._outside))}: used outside of the body as well (a tied "
-                f"head?), so its steps do not add up to its gradient. Choose a body that "
-                f"leaves it out, or freeze it with requires_grad_(False)."
-            )
+            raise refusals.never_called(self._loop)
+        if self._outside and not self._loop.outside:
+            raise refusals.used_outside(self._outside)
         if not losses.requires_grad:
-            raise CaptureError(
-                f"no gradient of the loss reaches the body {names}: every step ran detached or "
-                f"under no_grad. Run at least the last step with gradients."
-            )
-        unseen = sorted(reachable(losses, self._names))
+            raise refusals.no_gradient(self._loop)
+        unseen = reachable(losses, self._names)
         if unseen:
-            raise CaptureError(
-                f"{', '.join(unseen)}: used by an operation that cannot be seen (a custom autograd "
-                f"function or a fused kernel). Switch to the plain implementation of that module, "
-                f"or freeze the parameter with requires_grad_(False)."
-            )
+            raise refusals.used_unseen(unseen)
+
+    def refuse_after_backward(self) -> None:
+        """Refuse uses in a recomputed region that were not seen: they left a gradient."""
+        parameters = self._loop.parameters().items()
+        unseen = {name for name, p in parameters if p.grad is not None}
+        if unseen:
+            raise refusals.used_unseen(unseen)
 
     def release(self) -> None:
         """Drop what is held, uses that the loss does not depend on among it."""
@@ -378,9 +386,14 @@ class _CaptureMode(TorchFunctionMode):
         self._weights.clear()
         self._keep.clear()
 
-    def detached_steps(self) -> tuple[int, ...]:
-        """Steps whose every use ran without a gradient."""
-        return tuple(sorted(set(self._blind) - self._used))
+    def labels(self) -> tuple[str, ...]:
+        """See `Trace.labels`."""
+        steps = tuple(str(n + 1) for n in range(self.steps.count))
+        return ("prelude", *steps, "coda") if self._loop.outside else steps
+
+    def detached_steps(self) -> tuple[str, ...]:
+        """Labels of the steps whose every use ran without a gradient."""
+        return tuple(str(n + 1) for n in sorted(self._blind - self._used))
 
 
 def _same(tensor: Tensor) -> Tensor:

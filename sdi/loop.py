@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -39,14 +40,26 @@ class Loop:
             Python stands for its members.
         tied: True where the same weights are used at every step; False for an ordinary stack of
             layers, where step t is the t-th member.
+        skip: names or globs of parameters, or names of modules, of the body that are left out on
+            request: frozen for attribution only, and listed in `coverage`.
 
     Raises:
-        LoopError: if the body is not part of the model, is empty, or has nothing to train.
+        LoopError: if the body is not part of the model, is empty, or has nothing to train, or if
+            `skip` names what the body does not have.
     """
 
-    def __init__(self, model: nn.Module, body: Body, *, tied: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        body: Body,
+        *,
+        tied: bool = True,
+        skip: str | Sequence[str] = (),
+        outside: bool = False,
+    ) -> None:
         self.model = model
         self.tied = tied
+        self.outside = outside
         listed = [body] if isinstance(body, str | nn.Module) else list(body)
         self.members: tuple[nn.Module, ...] = tuple(
             member for item in listed for member in _expand(_resolve(model, item))
@@ -55,15 +68,22 @@ class Loop:
             raise LoopError("the loop body is empty: expected at least one module that is called")
         paths = {id(module): canonical(name) for name, module in model.named_modules()}
         self.names: tuple[str, ...] = tuple(paths[id(member)] for member in self.members)
+        asked = [skip] if isinstance(skip, str) else skip
+        self.skipped: frozenset[str] = _matching(asked, self.all_parameters())
         if not self.parameters():
             raise LoopError(
                 f"no parameter of the body {', '.join(self.names)} requires a gradient: frozen "
-                f"weights have no influence. Call requires_grad_() on those that train."
+                f"weights have no influence. Call requires_grad_() on those that train"
+                + (", or skip fewer of them." if self.skipped else ".")
             )
 
     def all_parameters(self) -> dict[str, nn.Parameter]:
-        """Canonical name → parameter of the body, frozen ones too; a shared one appears once."""
-        inside = {id(p) for member in self.members for p in member.parameters()}
+        """Canonical name → parameter of the body, frozen ones too; a shared one appears once.
+
+        Of the whole model where prelude and coda are attributed.
+        """
+        parts = (self.model,) if self.outside else self.members
+        inside = {id(p) for part in parts for p in part.parameters()}
         found: dict[int, tuple[str, nn.Parameter]] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             if id(parameter) in inside and id(parameter) not in found:
@@ -71,24 +91,38 @@ class Loop:
         return dict(found.values())
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Canonical name → parameter of the body that requires a gradient, each once."""
-        return {name: p for name, p in self.all_parameters().items() if p.requires_grad}
+        """Canonical name → parameter of the body that is attributed, each once.
+
+        These are the ones that require a gradient and are not skipped.
+        """
+        every = self.all_parameters().items()
+        return {name: p for name, p in every if p.requires_grad and name not in self.skipped}
 
     def coverage(self) -> dict[str, Any]:
-        """Counts for the manifest: parameters attributed, frozen, and their share."""
+        """Counts for the manifest: parameters attributed, of the body's and of the model's.
+
+        `frozen` lists the body's parameters that require no gradient, `skipped` maps those that
+        were left out on request to their share of the body's parameters.
+        """
         every, trained = self.all_parameters(), self.parameters()
         total = sum(p.numel() for p in every.values())
         attributed = sum(p.numel() for p in trained.values())
+        model = sum(p.numel() for p in self.model.parameters())
         return {
             "parameters": total,
             "attributed": attributed,
             "share": attributed / total,
-            "frozen": sorted(set(every) - set(trained)),
+            "model_parameters": model,
+            "share_of_model": attributed / model,
+            "frozen": sorted(set(every) - set(trained) - self.skipped),
+            "skipped": {name: every[name].numel() / total for name in sorted(self.skipped)},
         }
 
     def fingerprint(self) -> str:
         """Hex digest of what the sketches assume of the model: names and shapes of the body."""
-        digest = hashlib.sha256(repr((self.names, self.tied)).encode())
+        digest = hashlib.sha256(
+            repr((self.names, self.tied, *(["outside"] * self.outside))).encode()
+        )
         for name, parameter in sorted(self.all_parameters().items()):
             digest.update(repr((name, tuple(parameter.shape), parameter.requires_grad)).encode())
         return digest.hexdigest()
@@ -116,6 +150,19 @@ def _expand(module: nn.Module) -> list[nn.Module]:
     return [module]
 
 
+def _matching(patterns: Iterable[str], known: Iterable[str]) -> frozenset[str]:
+    """The known names that the patterns mean; each must mean at least one."""
+    names, found = list(known), set[str]()
+    for pattern in map(canonical, patterns):
+        hits = [n for n in names if fnmatchcase(n, pattern) or n.startswith(f"{pattern}.")]
+        if not hits:
+            close = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)
+            hint = f"; the nearest is '{close[0]}'" if close else ""
+            raise LoopError(f"skip: no parameter of the body matches '{pattern}'{hint}")
+        found |= set(hits)
+    return frozenset(found)
+
+
 class StepCounter:
     """Numbers the steps of one forward pass from the calls of the body's members.
 
@@ -129,6 +176,15 @@ class StepCounter:
         self._first: int | None = None
         self.current: int | None = None
         self.count = 0
+
+    def state(self) -> tuple[Any, ...]:
+        """What `restore` brings back: where a region that will run again begins."""
+        return list(self._stack), self._first, self.current, self.count
+
+    def restore(self, state: tuple[Any, ...]) -> None:
+        """Go back to (or on from) a noted state."""
+        stack, self._first, self.current, self.count = state
+        self._stack = list(stack)
 
     def enter(self, module: nn.Module) -> None:
         """A member begins: settle which step this call belongs to."""

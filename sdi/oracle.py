@@ -32,7 +32,8 @@ def step_gradients(
         names: the parameters wanted.
 
     Returns:
-        A list with one dict (name → gradient) a step, and the total by plain autograd, from a
+        A list with one dict (name → gradient) a step (before them that of the prelude and after
+        them that of the coda, where the loop has these), and the total by plain autograd, from a
         forward pass of its own in which nothing is replaced.
     """
     parameters = loop.parameters()
@@ -44,15 +45,23 @@ def step_gradients(
         found = torch.autograd.grad(value, [a for _, _, a in flat], allow_unused=True)
         total_loss = loss(loop.model, row).sum()
         totals = torch.autograd.grad(total_loss, list(wanted.values()), allow_unused=True)
+    bins = counter.count + 2 * loop.outside
     steps: list[dict[str, Tensor]] = [
-        {n: torch.zeros_like(p) for n, p in wanted.items()} for _ in range(counter.count)
+        {n: torch.zeros_like(p) for n, p in wanted.items()} for _ in range(bins)
     ]
     for (step, name, _), gradient in zip(flat, found, strict=True):
         if gradient is not None:
-            steps[step][name] = gradient
+            place = _bin(step, counter.count) if loop.outside else step
+            steps[place][name] = steps[place][name] + gradient
     zero = {n: torch.zeros_like(p) for n, p in wanted.items()}
     total = {n: zero[n] if g is None else g for n, g in zip(wanted, totals, strict=True)}
     return steps, total
+
+
+def _bin(step: int, count: int) -> int:
+    """Where a step's gradient goes between prelude and coda; -1 - n is what follows n steps."""
+    before = -1 - step
+    return step + 1 if step >= 0 else before if before < count else count + 1
 
 
 @contextmanager
@@ -61,8 +70,8 @@ def _aliased(loop: Loop, wanted: dict[str, nn.Parameter]) -> Iterator[tuple[Alia
     names = {id(p): name for name, p in wanted.items()}
     places = [
         (module, key, p, names[id(p)])
-        for member in loop.members
-        for module in member.modules()
+        for part in ((loop.model,) if loop.outside else loop.members)
+        for module in part.modules()
         for key, p in module._parameters.items()
         if p is not None and id(p) in names
     ]
@@ -75,8 +84,10 @@ def _aliased(loop: Loop, wanted: dict[str, nn.Parameter]) -> Iterator[tuple[Alia
         nonlocal depth
         counter.enter(module)
         depth += 1
-        step = counter.current
-        assert step is not None
+        assert counter.current is not None
+        place(counter.current)
+
+    def place(step: int) -> None:
         if step not in aliases:
             aliases[step] = {n: p.detach().clone().requires_grad_() for n, p in wanted.items()}
         for owner, key, _, name in unique:
@@ -86,7 +97,9 @@ def _aliased(loop: Loop, wanted: dict[str, nn.Parameter]) -> Iterator[tuple[Alia
         nonlocal depth
         counter.leave()
         depth -= 1
-        if depth == 0:
+        if depth == 0 and loop.outside:
+            place(-1 - counter.count)
+        elif depth == 0:
             restore()
 
     def restore() -> None:
@@ -97,6 +110,8 @@ def _aliased(loop: Loop, wanted: dict[str, nn.Parameter]) -> Iterator[tuple[Alia
     for member in loop.members:
         handles.append(member.register_forward_pre_hook(swap_in, prepend=True))
         handles.append(member.register_forward_hook(swap_out, always_call=True))
+    if loop.outside:
+        place(-1)
     try:
         yield aliases, counter
     finally:

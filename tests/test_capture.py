@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import sdi
 from sdi.errors import CaptureError, LoopError, LossError, SelfCheckError, SpecError
@@ -201,26 +200,6 @@ def test_untied_layers_are_steps_of_their_own() -> None:
             assert bool((exact.values[:, step, place] != 0).any()) == (step == own) or (
                 "position" in name and step == own
             )
-
-
-def test_gradient_checkpointing_keeps_the_steps() -> None:
-    """Recomputation in the backward pass, which runs from the last step on, changes nothing."""
-    torch.manual_seed(0)
-    inner = Block(16)
-    body = Custom(lambda m, x: checkpoint(m.a, x, use_reentrant=False), a=inner)
-    plain = sdi.Sketcher(sdi.Loop(make(Custom(lambda m, x: m.a(x), a=inner)), "body"), dim=64)
-    again = sdi.Sketcher(sdi.Loop(make(body), "body"), dim=64)
-    expected, got = plain(tokens(), names(4)), again(tokens(), names(4))
-    torch.testing.assert_close(got.values, expected.values)
-
-
-def test_reentrant_checkpointing_is_refused() -> None:
-    """Reentrant checkpointing hides the forward pass, so it is refused with the remedy."""
-    body = Custom(
-        lambda m, x: checkpoint(m.a, x.requires_grad_(), use_reentrant=True), a=nn.Linear(16, 16)
-    )
-    with pytest.raises(CaptureError, match=r"use_reentrant=False|no gradient"):
-        sdi.Sketcher(sdi.Loop(make(body), "body"), dim=64)(tokens(), names(4))
 
 
 def test_steps_without_gradient_keep_their_number() -> None:

@@ -127,9 +127,9 @@ class Sketcher:
             ids,
             values,
             values.norm(dim=2),
-            tuple(str(s + 1) for s in range(trace.steps)),
+            trace.labels,
             trace.losses,
-            tuple(str(s + 1) for s in trace.detached),
+            trace.detached,
         )
         return part, trace
 

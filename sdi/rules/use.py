@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdi.errors import CaptureError
 from sdi.rowtags import FIRST, Tag, is_tagged, split, tag_of
 from sdi.sinks import Sink
 
@@ -70,7 +69,6 @@ class Use:
         batch: B.
         output: shape of the output.
         delta: gradient of Σ_b ℓ_b with respect to the output.
-        versions: versions of the tensor operands when they were used.
         sink: receives the gradients.
         rows: where the rows lie in the output, and so in delta.
     """
@@ -84,7 +82,6 @@ class Use:
     sink: Sink
     rows: Tag
     delta: Tensor
-    versions: list[tuple[Tensor, int]]
 
     @property
     def label(self) -> str:
@@ -114,13 +111,3 @@ class Use:
         """`delta`, or a tensor of its shape, as (B, n, *features)."""
         tensor = self.delta if gradient is None else gradient
         return split(tensor, self.rows, self.batch, self.label, features)
-
-    def check_unchanged(self) -> None:
-        """Refuse where an operand was modified in place after the use."""
-        for tensor, version in self.versions:
-            if tensor._version != version:
-                raise CaptureError(
-                    f"{self.label}: an activation of shape {tuple(tensor.shape)} was modified in "
-                    f"place after it was used, so its gradient cannot be had. Make the in-place "
-                    f"operation out of place."
-                )

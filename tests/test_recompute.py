@@ -1,0 +1,190 @@
+"""Gradient checkpointing: steps keep their numbers, and memory stays saved."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import sdi
+from sdi.errors import CaptureError
+from tests.looped import Block, LoopedModel, names, tokens
+
+
+class Checkpointed(LoopedModel):
+    """A loop whose passes, or the halves of whose body, run again in the backward pass."""
+
+    def __init__(self, where: str, reentrant: bool, free: int = 0) -> None:
+        torch.manual_seed(0)
+        super().__init__(Halves(where == "inside", reentrant))
+        self.where, self.reentrant, self.free = where, reentrant, free
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        x = self.embed(input_ids)
+        for step in range(4):
+            with torch.set_grad_enabled(step >= self.free):
+                x = self._pass(x)
+        return self.head(x)
+
+    def _pass(self, x: Tensor) -> Tensor:
+        if self.where == "around":
+            return _again(self.body, x, self.reentrant)
+        if self.where == "nested":
+            return _again(lambda y: _again(self.body, y, self.reentrant), x, self.reentrant)
+        return self.body(x)
+
+
+class Halves(nn.Module):
+    """Two blocks, each checkpointed on request."""
+
+    def __init__(self, each: bool, reentrant: bool) -> None:
+        super().__init__()
+        self.first, self.second = Block(16), Block(16)
+        self.each, self.reentrant = each, reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in (self.first, self.second):
+            x = _again(block, x, self.reentrant) if self.each else block(x)
+        return x
+
+
+def _again(run: Callable[[Tensor], Tensor], x: Tensor, reentrant: bool) -> Tensor:
+    found: Tensor = checkpoint(run, x, use_reentrant=reentrant)
+    return found
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # torch's, of no_grad
+@pytest.mark.parametrize("where", ["inside", "around", "nested"])
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("free", [0, 2])
+def test_checkpointing_changes_nothing(where: str, reentrant: bool, free: int) -> None:
+    """Recomputed from the last step on, reentrant or not, the step sketches are the same."""
+    plain = sdi.Sketcher(sdi.Loop(Checkpointed("", False, free), "body"), dim=64)
+    model = Checkpointed(where, reentrant, free)
+    expected, got = (
+        plain(tokens(), names(4)),
+        sdi.Sketcher(sdi.Loop(model, "body"), dim=64)(tokens(), names(4)),
+    )
+    torch.testing.assert_close(got.values, expected.values)
+    assert got.steps == expected.steps and got.detached == expected.detached
+    assert all(p.grad is None for p in model.parameters())
+
+
+class _Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x * w.square()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        return grads[0] * w.square(), (grads[0] * 2 * x * w).sum((0, 1))
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_unseen_uses_in_a_region_are_refused(reentrant: bool) -> None:
+    """A custom autograd function inside a checkpointed region is refused, naming the parameter."""
+
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.line = nn.Linear(16, 16)
+            self.gain = nn.Parameter(torch.ones(16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return _again(lambda y: _Square.apply(self.line(y), self.gain), x, reentrant)
+
+    with pytest.raises(CaptureError, match=r"body\.gain: used by an operation that cannot be seen"):
+        sdi.Sketcher(sdi.Loop(LoopedModel(Hidden()), "body"), dim=64)(tokens(), names(4))
+
+
+class Wide(nn.Module):
+    """A body whose activations inside are 64 times as wide as its input."""
+
+    def __init__(self, mode: str) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 2048), nn.Linear(2048, 32)
+        self.mode = mode
+
+    def _run(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.mode == "plain":
+            return self._run(x)
+        return _again(self._run, x, self.mode == "reentrant")
+
+
+PEAK = """
+import resource, sys, torch, sdi
+from tests.looped import LoopedModel, names, tokens
+from tests.test_recompute import Wide
+model = LoopedModel(Wide(sys.argv[1]), 32, steps=6)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+sdi.Sketcher(sdi.Loop(model, "body"), dim=256, method="outer")(tokens(16, 256), names(16))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_checkpointing_saves_memory_while_sketching() -> None:
+    """What checkpointing drops is not held for the sketches: the peak is far below."""
+    root = Path(__file__).parent.parent
+    peaks = {}
+    for mode in ("plain", "again", "reentrant"):
+        command = [sys.executable, "-c", PEAK, mode]
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr
+        peaks[mode] = int(done.stdout)
+    assert peaks["again"] < 0.6 * peaks["plain"], peaks
+    assert peaks["reentrant"] < 0.6 * peaks["plain"], peaks
+
+
+class Tied(LoopedModel):
+    """The head is the embedding, by a product in the model; a norm between the steps."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__(Block(16), vocabulary=23)
+        self.between = nn.LayerNorm(16)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        x = self.embed(input_ids)
+        for _ in range(self.steps):
+            x = self.between(self.body(x))
+        return x @ self.embed.weight.T + self.head.bias
+
+
+def test_prelude_and_coda_have_bins_of_their_own() -> None:
+    """A tied head's two uses, and what is used between steps, are held against autograd."""
+    model = Tied()
+    loop = sdi.Loop(model, "body", outside=True)
+    report = sdi.self_check(sdi.Sketcher(loop, dim=64), tokens(), names(4), rows=3)
+    assert report.worst < 1e-4 and report.conservation < 1e-4
+    exact = sdi.ExactGradients(loop)(tokens(), names(4))
+    assert exact.steps == ("prelude", "1", "2", "3", "coda")
+    used = {
+        name: tuple(label for s, label in enumerate(exact.steps) if exact.values[:, s, at].any())
+        for name, at in exact.names.items()
+    }
+    assert used["embed.weight"] == ("prelude", "coda")
+    assert used["body.up.weight"] == ("1", "2", "3")
+    assert used["between.weight"] == ("1", "2", "coda")
+    assert used["head.bias"] == ("coda",) and used["head.weight"] == ()
+    losses = sdi.causal_lm_loss(model, tokens())
+    losses[1].backward()
+    for name, at in exact.names.items():
+        whole = dict(model.named_parameters())[name].grad
+        total = exact.values[1, :, at].sum(0)
+        torch.testing.assert_close(
+            total, torch.zeros_like(total) if whole is None else whole.flatten(),
+            rtol=1e-4, atol=1e-6,
+        )  # fmt: skip
