@@ -1,4 +1,4 @@
-"""Checks of an installation, a run directory and a model, each finding one row of a table."""
+"""Checks of an installation and of a run directory, each finding one row of a table."""
 
 from __future__ import annotations
 
@@ -6,22 +6,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from curate.errors import UsageError
-
-if TYPE_CHECKING:
-    import torch
-
-    from sdi import Loop
 
 Verdict = Literal["ok", "note", "bad"]
 
 PACKAGES = ("torch", "numpy", "polars", "duckdb", "datasets", "pyarrow")
 OPTIONAL = {"numba": "cpu", "transformers": "hf", "tokenizers": "hf"}
 FAISS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cu11", "faiss-gpu-cu12")
-#: Rows and tokens of the made-up batch that a model is checked with.
-ROWS, TOKENS = 4, 16
 
 
 @dataclass(frozen=True)
@@ -102,75 +95,6 @@ def run(path: Path) -> list[Finding]:
         if now != version:
             found.append(Finding(package, "note", f"the run was made with {version}, not {now}"))
     return found
-
-
-def model(
-    source: str,
-    bodies: Sequence[str] = (),
-    *,
-    tied: bool = True,
-    arguments: Sequence[str] = (),
-    trust_code: bool = False,
-) -> list[Finding]:
-    """Build a model, find its loops, and compare step gradients of two rows with autograd.
-
-    Without `bodies` the outermost module that is called more than once is taken.
-    """
-    import torch
-
-    import sdi
-    from curate.models import build_model
-
-    built = build_model(source, parsed(arguments), Path.cwd(), trust_code=trust_code)
-    count = sum(parameter.numel() for parameter in built.parameters())
-    found = [Finding("model", "ok", f"{type(built).__name__}, {count:,} parameters")]
-    torch.manual_seed(0)
-    batch = made_up_batch(built)
-    inputs = {key: value for key, value in batch.items() if key == "input_ids"}
-    loops = sdi.find_loops(built, inputs)
-    for loop in loops:
-        detail = f"{loop.kind} called {loop.calls} times, {loop.parameters:,} parameters"
-        found.append(Finding(f"loop {loop.name}", "ok", detail))
-    chosen = list(bodies) or [loop.name for loop in loops[:1]]
-    if not chosen:
-        remedy = "name the layers with --body and pass --untied for an ordinary transformer"
-        return [*found, Finding("loop", "bad", f"no module is called more than once; {remedy}")]
-    return [*found, *_checked(sdi.Loop(built, chosen, tied=tied), batch)]
-
-
-def _checked(loop: Loop, batch: dict[str, torch.Tensor]) -> list[Finding]:
-    """The coverage of a loop body, and the self-check of the sketches of a batch."""
-    import sdi
-
-    coverage = loop.coverage()
-    share = f"{coverage['attributed']:,} of {coverage['parameters']:,} parameters attributed"
-    sketcher = sdi.Sketcher(loop, dim=1024)
-    ids = [f"row-{number}" for number in range(ROWS)]
-    try:
-        report = sdi.self_check(sketcher, batch, ids, rows=2)
-    except Exception as failure:
-        if not hasattr(failure, "exit_code"):
-            raise
-        bad = Finding("self-check", "bad", " ".join(str(failure).split()))
-        return [Finding("body", "ok", f"{', '.join(loop.names)}: {share}"), bad]
-    detail = f"{report.steps} steps, worst relative error {report.worst:.2g} at {report.worst_at}"
-    return [
-        Finding("body", "ok", f"{', '.join(loop.names)}: {share}"),
-        Finding("self-check", "ok", detail),
-        Finding("conservation", "ok", f"relative error {report.conservation:.2g}"),
-    ]
-
-
-def made_up_batch(built: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Random tokens below the vocabulary of the model's first embedding: (B, T) int64 tensors."""
-    import torch
-
-    embeddings = [m for m in built.modules() if isinstance(m, torch.nn.Embedding)]
-    if not embeddings:
-        raise UsageError("the model has no embedding, so no token batch can be made up for it")
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(0, embeddings[0].num_embeddings, (ROWS, TOKENS), generator=generator)
-    return {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "labels": tokens}
 
 
 def parsed(arguments: Sequence[str]) -> dict[str, Any]:

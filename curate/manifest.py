@@ -72,13 +72,17 @@ class SketchEntry(Entry):
 
 
 class CheckpointEntry(Entry):
-    """A checkpoint and η_k, its weight; the weight may change without sketching again."""
+    """A checkpoint and η_k, its weight; the weight may change without sketching again.
+
+    `scales` are √(η_p/η̄) by parameter, where learning rates differ; they are in the sketches.
+    """
 
     name: str
     path: str
     weight: float
     weight_source: str
     fingerprint: str
+    scales: dict[str, float] = Field(default_factory=dict)
 
 
 class SetEntry(Entry):

@@ -37,6 +37,7 @@ def build_model(
 def _from_directory(name: str, args: Mapping[str, Any], folder: Path) -> torch.nn.Module:
     """A causal language model, or what its config says it is, never running remote code."""
     path = next((p for p in (Path(name), folder / name) if p.is_dir()), None)
+    path = _base_of(path) if path is not None else None
     if path is None or not (path / "config.json").is_file():
         raise UsageError(f"hf:{name} is not a directory with a config.json")
     try:
@@ -48,3 +49,19 @@ def _from_directory(name: str, args: Mapping[str, Any], folder: Path) -> torch.n
     kind = next((cls for cls in named if cls is not None), transformers.AutoModelForCausalLM)
     model = kind.from_pretrained(path, **args)
     return model.eval()  # type: ignore[no-any-return]
+
+
+def _base_of(path: Path) -> Path:
+    """The directory itself or, for an adapter's, that of the model it goes onto."""
+    from sdi.adapters import Adapter, is_adapter
+
+    if (path / "config.json").is_file() or not is_adapter(path):
+        return path
+    adapter = Adapter.read(path)
+    if adapter.base is None:
+        named = adapter.settings.get("base_model_name_or_path")
+        raise UsageError(
+            f"{path} is an adapter on {named!r}, which is no directory here; give the base model "
+            "as hf:DIR and the adapter under `checkpoints`"
+        )
+    return adapter.base

@@ -82,14 +82,23 @@ class ModelSection(Strict):
 
 
 class LoopSection(Strict):
-    """The body: a dotted module name or several; `tied` is false for an ordinary transformer."""
+    """The body: a dotted module name or several; `tied` is false for an ordinary transformer.
+
+    `skip` names parameters of the body (globs too) that are left out on request.
+    """
 
     body: Annotated[tuple[str, ...], BeforeValidator(_listed)]
     tied: bool = True
+    # None, so that recipes without it keep their hash
+    skip: Annotated[tuple[str, ...] | None, BeforeValidator(_listed)] = None
 
 
 class CheckpointSection(Strict):
-    """A path or glob of checkpoints and, where given, the name of one and its weight η."""
+    """A path or glob of checkpoints and, where given, the name of one and its weight η.
+
+    Without a weight the learning rates of the optimizer's parameter groups are read; one that is
+    given is the rate of every parameter.
+    """
 
     path: str
     name: str | None = None

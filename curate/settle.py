@@ -7,10 +7,17 @@ or refuses and names both values.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from math import isclose
+from typing import TYPE_CHECKING, Any
 
 from curate.errors import CurateError
 from curate.manifest import CheckpointEntry, LoopEntry, Manifest, ModelEntry, SketchEntry
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from sdi.checkpoints import Checkpoint
 
 _ADVICE = (
     "sketch into another directory (--into), ask for what this run has, or make its sketches again "
@@ -42,13 +49,35 @@ def spec(manifest: Manifest, model: ModelEntry, loop: LoopEntry, sketch: SketchE
     return manifest.model_copy(update={"model": model, "loop": recorded, "sketch": sketch})
 
 
+def checkpoint_entry(
+    checkpoint: Checkpoint, model: nn.Module, scales: Mapping[str, float] | None
+) -> CheckpointEntry:
+    """What is recorded of a checkpoint; `model` as it was built, which an adapter is put onto."""
+    from sdi.checkpoints import fingerprint
+
+    return CheckpointEntry(
+        name=checkpoint.name,
+        path=str(checkpoint.path),
+        weight=1.0 if checkpoint.weight is None else checkpoint.weight,
+        weight_source=checkpoint.weight_source,
+        fingerprint=fingerprint(checkpoint.path, model),
+        scales=dict(scales or {}),
+    )
+
+
 def checkpoint(manifest: Manifest, entry: CheckpointEntry) -> Manifest:
     """The manifest with the checkpoint in its place, or refused where its contents are others."""
     names = [known.name for known in manifest.checkpoints]
     if entry.name not in names:
         return manifest.model_copy(update={"checkpoints": (*manifest.checkpoints, entry)})
     place = names.index(entry.name)
-    _same(f"checkpoint '{entry.name}'", manifest.checkpoints[place].fingerprint, entry.fingerprint)
+    known = manifest.checkpoints[place]
+    _same(f"checkpoint '{entry.name}'", known.fingerprint, entry.fingerprint)
+    for name in sorted(set(known.scales) | set(entry.scales)):
+        before, now = (one.scales.get(name, 1.0) for one in (known, entry))
+        # Rates read again from a file are the same numbers; only their rounding may not be.
+        if not isclose(before, now, rel_tol=1e-6, abs_tol=1e-8):
+            _same(f"√(η_p/η̄) of {name} at checkpoint '{entry.name}'", before, now)
     changed = (*manifest.checkpoints[:place], entry, *manifest.checkpoints[place + 1 :])
     return manifest.model_copy(update={"checkpoints": changed})
 

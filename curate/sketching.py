@@ -23,13 +23,18 @@ from torch import Tensor, nn
 import sdi
 from curate import shardplan
 from curate.batches import Batch, batches, plan
+from curate.coverage import recorded
 from curate.errors import CurateError, UsageError
 from curate.examples import ExampleSet
-from curate.manifest import CheckpointEntry, LoopEntry, Manifest, ModelEntry, SketchEntry
+from curate.manifest import LoopEntry, Manifest, ModelEntry, SketchEntry
 from curate.rundir import RunDirectory
+from curate.settle import checkpoint_entry
 from curate.shardbuffer import ShardBuffer
 from curate.shardplan import ShardTask
-from sdi.checkpoints import Checkpoint, fingerprint, load_weights, settle_weights
+from sdi.adapters import needed_base
+from sdi.checkpoints import Checkpoint, load_weights, settle_weights
+from sdi.coverage import gradient_share
+from sdi.parameter_rates import settle_rates
 
 Progress = Callable[[str, int, int], None]
 Loss = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
@@ -67,14 +72,17 @@ class SketchOptions:
 
 @dataclass(frozen=True)
 class LoopOptions:
-    """The loop body by its dotted names, and whether its weights are the same at every step."""
+    """The loop body by names, whether its weights are tied, and what is skipped on request."""
 
     body: tuple[str, ...]
     tied: bool = True
+    skip: tuple[str, ...] = ()
 
 
 class SketcherLike(Protocol):
     """What is used of `sdi.Sketcher`."""
+
+    loop: sdi.Loop
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -163,6 +171,8 @@ class _Session:
     progress: Progress
     done: int = 0
     total: int = 0
+    detached: set[str] = field(default_factory=set)
+    base: dict[str, Tensor] | None = None
 
     def go(
         self,
@@ -175,8 +185,10 @@ class _Session:
         if not sets or not any(len(examples) for examples in sets.values()):
             raise UsageError("there is nothing to sketch: the run has no rows")
         model = model.to(_device(self.options.device)).eval()
-        body = sdi.Loop(model, list(self.loop.body), tied=self.loop.tied)
-        self._settle(body, model_spec, settle_weights(checkpoints))
+        body = sdi.Loop(model, list(self.loop.body), tied=self.loop.tied, skip=self.loop.skip)
+        checkpoints = settle_weights(settle_rates(c, body) for c in checkpoints)
+        self.base = needed_base(model, [c.path for c in checkpoints])
+        self._settle(body, model_spec, checkpoints)
         first = next(examples for examples in sets.values() if len(examples))
         self._fix_plan(body, checkpoints[0], first)
         work = [(checkpoint, self._tasks(checkpoint.name, sets)) for checkpoint in checkpoints]
@@ -191,10 +203,12 @@ class _Session:
         self, body: sdi.Loop, model_spec: dict[str, Any], checkpoints: Sequence[Checkpoint]
     ) -> None:
         """Record model, loop, spec and checkpoints, or refuse to mix."""
-        spec = dict(self._sketcher(body, "").spec)
+        spec = dict(self._sketcher(body, None).spec)
         named = {key: spec.pop(key) for key in ("version", "seed", "dim")}
         hashed = {key: spec[key] for key in sorted(spec) if key not in ("checkpoint", "method")}
         loss = getattr(self.options.loss, "__name__", type(self.options.loss).__name__)
+        if body.skipped:  # sketches that pool other parameters are not to be mixed
+            hashed["skip"] = sorted(body.skipped)
         self.run.update(_without_attempts)
         self.run.settle(
             ModelEntry(
@@ -206,14 +220,8 @@ class _Session:
             SketchEntry(**named, options={"loss": loss, **hashed}),
         )
         for checkpoint in checkpoints:
-            entry = CheckpointEntry(
-                name=checkpoint.name,
-                path=str(checkpoint.path),
-                weight=1.0 if checkpoint.weight is None else checkpoint.weight,
-                weight_source=checkpoint.weight_source,
-                fingerprint=fingerprint(checkpoint.path),
-            )
-            self.run.settle_checkpoint(entry)
+            at = self._sketcher(body, checkpoint).spec
+            self.run.settle_checkpoint(checkpoint_entry(checkpoint, body.model, at.get("scales")))
 
     def _fix_plan(self, body: sdi.Loop, checkpoint: Checkpoint, examples: ExampleSet) -> None:
         """Record what batches and shards depend on, before the first shard and never after it.
@@ -222,10 +230,10 @@ class _Session:
         """
         if self.run.manifest.shard_rows is not None and self.run.manifest.shards:
             return
-        load_weights(body.model, checkpoint.path)
+        load_weights(body.model, checkpoint.path, base=self.base)
         shortest = int(np.argmin(examples.lengths))
         batch = next(batches(examples, budget_tokens=self.options.budget_tokens, rows=[shortest]))
-        part = self._sketch(self._sketcher(body, checkpoint.name), batch)
+        part = self._sketch(self._sketcher(body, checkpoint), batch)
         most = shardplan.shard_rows(len(part.steps), self.options.dim)
         self.run.note(
             batch_budget=self.options.budget_tokens, shard_rows=min(most, self.options.shard_rows)
@@ -264,8 +272,8 @@ class _Session:
         """Load a checkpoint, check the sketcher on its first batch, then shard by shard."""
         if not tasks:
             return
-        load_weights(body.model, checkpoint.path)
-        sketcher = self._sketcher(body, checkpoint.name)
+        load_weights(body.model, checkpoint.path, base=self.base)
+        sketcher = self._sketcher(body, checkpoint)
         self._check(sketcher, checkpoint.name, tasks, sets)
         for task in tasks:
             self._shard(sketcher, task, sets[task.set])
@@ -278,7 +286,7 @@ class _Session:
         tasks: Sequence[ShardTask],
         sets: Mapping[str, ExampleSet],
     ) -> None:
-        """Compare a batch with per-row autograd; the report goes into the manifest.
+        """Compare a batch with per-row autograd, and note what share of the gradient is attributed.
 
         The first batch of two rows or more: one row alone cannot show that rows mix.
         """
@@ -286,9 +294,11 @@ class _Session:
             return
         batch = self._batch_to_check(tasks, sets)
         rows = min(self.options.check_rows, len(batch.ids))
-        tensors = self._tensors(batch)
+        tensors, loop, loss = self._tensors(batch), sketcher.loop, self.options.loss
         with _seeded(int(batch.rows[0])):
             report = self.instruments.check(sketcher, tensors, batch.ids, rows=rows).as_dict()
+            shares = gradient_share(loop, tensors, batch.ids, loss, report["rows"])
+        report["gradient"] = shares.as_dict()
         self.run.update(
             lambda m: m.model_copy(update={"self_check": {**m.self_check, checkpoint: report}})
         )
@@ -310,11 +320,14 @@ class _Session:
         lengths = np.asarray(examples.lengths)
         self.progress(label, self.done, self.total)
         for batch in self._batches(task, examples):
-            buffer.put(np.asarray(batch.rows), self._sketch(sketcher, batch))
+            part = self._sketch(sketcher, batch)
+            self.detached.update(part.detached)
+            buffer.put(np.asarray(batch.rows), part)
             self.done += int(lengths[batch.rows].sum())
             self.progress(label, self.done, self.total)
         entries = buffer.write(self.run.sketches_directory(task.set, task.checkpoint))
-        self.run.add_shards(entries, buffer.labels, dict(sketcher.coverage))
+        covered = recorded(self.run.manifest, sketcher, buffer.labels, self.detached)
+        self.run.add_shards(entries, buffer.labels, covered)
 
     def _batches(self, task: ShardTask, examples: ExampleSet) -> Iterator[Batch]:
         rows = range(task.first, task.last)
@@ -326,15 +339,17 @@ class _Session:
         assert budget is not None
         return budget
 
-    def _sketcher(self, body: sdi.Loop, checkpoint: str) -> SketcherLike:
+    def _sketcher(self, body: sdi.Loop, checkpoint: Checkpoint | None) -> SketcherLike:
+        """The sketcher of a checkpoint; without one, what its spec is for all of them."""
         options = self.options
         made: SketcherLike = self.instruments.sketcher(
             body,
             dim=options.dim,
             seed=options.seed,
-            checkpoint=checkpoint,
+            checkpoint=checkpoint.name if checkpoint else "",
             loss=options.loss,
             method=options.method,
+            **({"rates": dict(checkpoint.rates)} if checkpoint and checkpoint.rates else {}),
         )
         return made
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from curate import coverage
 from curate.rundir import RunDirectory
 
 if TYPE_CHECKING:
@@ -34,10 +35,10 @@ def _made(manifest: Manifest) -> Iterator[Line]:
         name = str(manifest.model.spec.get("source", "model"))
         yield "model", name, f"{manifest.model.parameters:,} parameters"
         kind = "tied" if manifest.tied else "untied"
-        share = manifest.loop.coverage.get("share")
-        covered = f", {share:.0%} of its parameters covered" if share is not None else ""
-        body = ", ".join(manifest.loop.body)
-        yield "loop", body, f"{len(manifest.steps)} steps, {kind}{covered}"
+        yield "loop", ", ".join(manifest.loop.body), f"{len(manifest.steps)} steps, {kind}"
+        gradients = {name: check.get("gradient") for name, check in manifest.self_check.items()}
+        for name, text in coverage.lines(manifest.loop.coverage, gradients):
+            yield "coverage", name, text
     if manifest.sketch:
         yield "sketch", f"M={manifest.sketch.dim}", f"seed {manifest.sketch.seed}, int8"
     for name, entry in manifest.sets.items():

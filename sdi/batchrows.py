@@ -44,7 +44,8 @@ def row_alone(batch: Any, row: int, size: int) -> Any:
         return type(alone)({**alone, **of_row, **longest})
     if _axis(batch, size) == 1:
         return _mapped(batch, lambda t: t[:, row : row + 1] if t.ndim > 1 else t)
-    return _mapped(batch, lambda t: t[row : row + 1] if t.ndim and len(t) == size else t)
+    flat = _axis(batch, size) is None
+    return _mapped(batch, lambda t: _cut_padded(t, row, size, flat))
 
 
 def _ends(batch: Any) -> Tensor | None:
@@ -88,6 +89,13 @@ def _tag_padded(tensor: Tensor, size: int, axis: int | None) -> Tensor:
     if rows is not None:
         tag(alias, rows)
     return alias
+
+
+def _cut_padded(tensor: Tensor, row: int, size: int, flat: bool) -> Tensor:
+    if not tensor.ndim or not (len(tensor) == size or (flat and len(tensor) % size == 0)):
+        return tensor
+    each = len(tensor) // size
+    return tensor[row * each : (row + 1) * each]
 
 
 def _cut_packed(tensor: Tensor, first: int, last: int, tokens: int) -> Tensor:

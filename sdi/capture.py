@@ -35,7 +35,7 @@ from torch.overrides import TorchFunctionMode
 from sdi import refusals, rules
 from sdi.aside import only_body_trains
 from sdi.batchrows import tagged
-from sdi.loop import Loop, StepCounter
+from sdi.loop import Loop, StepCounter, counting
 from sdi.recompute import Operands, in_replayed_region, reentrant, restored
 from sdi.rowflow import pass_on
 from sdi.rowtags import FIRST, is_tagged, leaves, tag, tag_of
@@ -43,10 +43,12 @@ from sdi.rules.elementwise import add_rule
 from sdi.rules.generic import generic_rule
 from sdi.rules.use import Use, Weight
 from sdi.sinks import Sink
-from sdi.torchcalls import entered, is_composite, origin, reachable
+from sdi.torchcalls import autocast_of, entered, is_composite, origin, reachable
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
+_HALVES = (torch.bfloat16, torch.float16)
+_LENDING = {"type_as", "to", "view_as", "reshape_as", "expand_as"}
 _GETTERS: Any = Tensor  # property objects, which the stubs declare as tensors
 _TRANSPOSES = {Tensor.t, torch.t, _GETTERS.T.__get__, _GETTERS.mT.__get__}
 _CONSTANTS = {Tensor.detach, torch.detach, _GETTERS.data.__get__}
@@ -68,12 +70,14 @@ class Trace:
         labels: of the steps "1" … "τ", between "prelude" and "coda" where the loop asks for them.
         detached: labels of the steps in which parameters were used without a gradient only.
         served: parameter name → names of the rules that served it.
+        narrow: whether gradients were in half precision somewhere.
     """
 
     losses: Tensor
     labels: tuple[str, ...]
     detached: tuple[str, ...]
     served: dict[str, set[str]] = field(default_factory=dict)
+    narrow: bool = False
 
     @property
     def steps(self) -> int:
@@ -102,7 +106,7 @@ def capture(
     with ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(only_body_trains(loop))
-        stack.enter_context(_counting(loop, mode))
+        stack.enter_context(counting(loop, mode.steps, lambda: mode.replaying))
         stack.enter_context(reentrant(mode.unseen_gradients, mode.noted_state))
         stack.enter_context(torch.enable_grad())
         # Regions are run again by the thread that has the mode, on a GPU too.
@@ -111,34 +115,14 @@ def capture(
             losses = loss(loop.model, tagged(batch, size))
         check(losses)
         mode.refuse_after_forward(losses)
+        mode.steps.drop_unused(losses)
         mode.replaying = True
         total = losses.sum()
         with mode:  # entered: as a torch call of its own, backward would hide all recomputation
             entered(torch.autograd.backward)(total)
         mode.refuse_after_backward()
         mode.release()
-    return Trace(losses.detach(), mode.labels(), mode.detached_steps(), mode.served)
-
-
-@contextmanager
-def _counting(loop: Loop, mode: _CaptureMode) -> Iterator[None]:
-    def enter(module: nn.Module, _args: Any) -> None:
-        if not mode.replaying:
-            mode.steps.enter(module)
-
-    def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
-        if not mode.replaying:
-            mode.steps.leave()
-
-    handles: list[Any] = []
-    for member in loop.members:
-        handles.append(member.register_forward_pre_hook(enter, prepend=True))
-        handles.append(member.register_forward_hook(leave, always_call=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return Trace(losses.detach(), mode.labels(), mode.detached_steps(), mode.served, mode.narrow)
 
 
 class _CaptureMode(TorchFunctionMode):
@@ -158,6 +142,7 @@ class _CaptureMode(TorchFunctionMode):
         self._used: set[int] = set()
         self._blind: set[int] = set()
         self._hidden = 0
+        self.narrow = False
         self._outside: set[str] = set()
         self._unmade: dict[int, Use] = {}
 
@@ -176,9 +161,14 @@ class _CaptureMode(TorchFunctionMode):
         if rules.find(func) is None and is_composite(func):
             with self:
                 return entered(func)(*args, **kwargs)
-        if carriers:
+        if carriers and not self._lends(func, args):
             return self._use(func, args, kwargs, carriers)
         return self._derive(func, args, kwargs)
+
+    def _lends(self, func: Any, args: Any) -> bool:
+        """Whether a weight only takes the shape or the type of what carries rows."""
+        weight = bool(args) and id(args[0]) in self._weights
+        return weight and getattr(func, "__name__", "") in _LENDING
 
     # -- the kinds of call ---------------------------------------------------------------------
 
@@ -205,7 +195,7 @@ class _CaptureMode(TorchFunctionMode):
             known = self._weights.get(id(tensor))
             if known is not None and known.name is not None:
                 continue  # a cast that changes nothing returns the parameter itself
-            if tensor.is_floating_point() and tensor.requires_grad:
+            if tensor.requires_grad:
                 weight = Weight(tensor, None, False, parameters)
                 if func in _TRANSPOSES and parents[0].name and tensor.ndim == 2:
                     weight = replace(
@@ -225,21 +215,12 @@ class _CaptureMode(TorchFunctionMode):
         self._refuse_writes(func, args, kwargs)
         weights: dict[tuple[str, Any], Weight] = {}
 
-        def swap(at: tuple[str, Any], value: Any) -> Any:
-            if isinstance(value, list | tuple):
-                items = [swap((at[0], (at[1], j)), v) for j, v in enumerate(value)]
-                return type(value)(items)
-            if isinstance(value, Tensor) and id(value) in self._weights:
-                weights[at] = self._weights[id(value)]
-                return value.detach()
-            return value
-
-        run = tuple(swap(("args", i), v) for i, v in enumerate(args))
-        run_named = {k: swap(("kwargs", k), v) for k, v in kwargs.items()}
+        run = tuple(self._swapped(("args", i), v, weights) for i, v in enumerate(args))
+        run_named = {k: self._swapped(("kwargs", k), v, weights) for k, v in kwargs.items()}
         output = func(*run, **run_named)
         if not isinstance(output, Tensor):
             return self._many_outputs(func, weights, output)
-        if not output.is_floating_point():
+        if not (output.is_floating_point() or output.is_complex()):
             return self._passed(func, args, kwargs, output, carriers)
         if output._is_view() and origin(output) is output:
             output = output.clone()
@@ -253,6 +234,16 @@ class _CaptureMode(TorchFunctionMode):
         elif not in_replayed_region():
             raise refusals.foreign_checkpointing(weights.values())
         return output
+
+    def _swapped(self, at: tuple[str, Any], value: Any, weights: dict[Any, Weight]) -> Any:
+        """An argument with its weights detached; these are noted by their place."""
+        if isinstance(value, list | tuple):
+            items = [self._swapped((at[0], (at[1], j)), v, weights) for j, v in enumerate(value)]
+            return type(value)(items)
+        if isinstance(value, Tensor) and id(value) in self._weights:
+            weights[at] = self._weights[id(value)]
+            return value.detach()
+        return value
 
     # -- recording -----------------------------------------------------------------------------
 
@@ -268,7 +259,7 @@ class _CaptureMode(TorchFunctionMode):
         self._used.add(step)
         use = Use(
             func, (), {}, weights, step, self._size, self._sink, tag_of(output) or FIRST,
-            torch.empty(0),
+            torch.empty(0), autocast_of(output),
         )  # fmt: skip
         self._unmade[id(use)] = use
         hooked, shape = origin(output), output.shape
@@ -286,7 +277,8 @@ class _CaptureMode(TorchFunctionMode):
     def _serve(self, use: Use, operands: Operands) -> None:
         if use.delta.numel() == 0:
             return
-        rule = rules.find(use.function)
+        self.narrow = self.narrow or use.autocast is not None or use.delta.dtype in _HALVES
+        rule = None if use.delta.is_complex() else rules.find(use.function)
         use = replace(use, step=self._bin(use.step))
         served = False
         if rule is add_rule:  # a sum's gradient needs no operand, which may be gone
@@ -393,7 +385,8 @@ class _CaptureMode(TorchFunctionMode):
 
     def detached_steps(self) -> tuple[str, ...]:
         """Labels of the steps whose every use ran without a gradient."""
-        return tuple(str(n + 1) for n in sorted(self._blind - self._used))
+        blind = sorted(n for n in self._blind - self._used if n < self.steps.count)
+        return tuple(str(n + 1) for n in blind)
 
 
 def _same(tensor: Tensor) -> Tensor:

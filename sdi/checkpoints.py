@@ -1,8 +1,9 @@
 """Checkpoints: find them, weigh them, and put their weights into a model without running code.
 
 A checkpoint is a ``.safetensors`` file, a ``.pt``/``.pth``/``.bin``/``.ckpt`` file, or a directory
-as Hugging Face writes it. Pickles are read with ``weights_only=True`` and nothing else. Loading is
-strict: everything is compared first, and the model is written to only if all of it fits.
+as Hugging Face, PEFT, torch.distributed.checkpoint or FSDP write it. Pickles are read with
+``weights_only=True`` and nothing else. Loading is strict: everything is compared first, and the
+model is written to only if all of it fits.
 
 A checkpoint's weight η is its learning rate unless given (see ``sdi.learning_rates``).
 """
@@ -21,16 +22,26 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from sdi.adapters import Adapter, adapted, base_digest, base_weights, is_adapter, note_loaded
 from sdi.errors import CheckpointError
-from sdi.learning_rates import learning_rate
+from sdi.fitting import canonical_name, fit, targets_of
+from sdi.learning_rates import Recorded, learning_rate, recorded_rates, summary
 from sdi.shards import file_sha256
-from sdi.weight_files import read_weights, unpickled_suffix, weight_files
+from sdi.weight_files import (
+    SHARDED,
+    NoWeightsError,
+    read_weights,
+    unpickled_suffix,
+    weight_files,
+)
 
 __all__ = [
     "Checkpoint",
+    "base_weights",
     "canonical_name",
     "find_checkpoints",
     "fingerprint",
+    "is_adapter",
     "learning_rate",
     "load_weights",
     "settle_weights",
@@ -38,8 +49,6 @@ __all__ = [
 
 ABSENT = "absent: taken as 1"
 GIVEN = "given"
-
-_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
 
 @dataclass(frozen=True)
@@ -51,74 +60,78 @@ class Checkpoint:
         path: file or directory.
         weight: η, or None where it is not known.
         weight_source: where η comes from, for people to read.
+        recorded: the learning rates of parameter groups, where these differ and no weight was
+            given; `sdi.parameter_rates.settle_rates` says whose they are.
+        rates: parameter name → learning rate, settled; empty where there is one rate.
     """
 
     name: str
     path: Path
     weight: float | None
     weight_source: str
+    recorded: Recorded | None = None
+    rates: tuple[tuple[str, float], ...] = ()
 
 
-def canonical_name(name: str) -> str:
-    """Return a parameter's name without what wrappers add to it.
-
-    ``module.`` (data parallel) is stripped at the front only, since a model may have a submodule
-    of that name; ``_orig_mod.`` (torch.compile) and its like wherever they stand.
-    """
-    parts = [part for part in name.split(".") if part not in _WRAPPERS]
-    while len(parts) > 1 and parts[0] == "module":
-        parts = parts[1:]
-    return ".".join(parts)
-
-
-def fingerprint(path: Path | str) -> str:
+def fingerprint(path: Path | str, model: nn.Module | None = None) -> str:
     """Return the sha256 (hex) of a checkpoint's weights: of the file, or of a directory's.
 
     For a directory it covers names and contents of its weight files, so optimizer states and logs
-    may come and go.
+    may come and go. An adapter is nothing without its base, so that is covered too: the directory
+    that the adapter names or, where that is not there, the weights of `model`.
 
     Raises:
         CheckpointError: no weights there.
     """
     path = Path(path)
+    if is_adapter(path) and path.is_file():
+        path = path.parent  # its settings count too
     files = weight_files(path)
     if path.is_file():
         return file_sha256(path)
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.name}\0{file_sha256(file)}\n".encode())
+    if is_adapter(path):
+        base = Adapter.read(path).base
+        if base is not None:
+            digest.update(f"base\0{fingerprint(base)}\n".encode())
+        elif model is not None:
+            digest.update(f"base\0{base_digest(model)}\n".encode())
     return digest.hexdigest()
 
 
-def load_weights(model: nn.Module, path: Path | str) -> None:
+def load_weights(
+    model: nn.Module, path: Path | str, *, base: Mapping[str, Tensor] | None = None
+) -> None:
     """Copy a checkpoint's weights into the model, in place, in the model's own dtype and device.
 
     Names are compared in canonical form. A name the checkpoint lacks is fine where the model ties
-    it to one that is there.
+    it to one that is there. An adapter (PEFT, LoRA) goes onto its base: into a model that has the
+    adapter's own parameters, or merged into the weights of one that has not. The base is the
+    directory that the adapter names, else `base`, else the weights that the model has now.
 
     Args:
         model: its parameters and persistent buffers are overwritten; nothing else is.
         path: a file or a directory.
+        base: the weights below an adapter (`base_weights` of the model as it was built); needed
+            where several adapters are merged into one model in turn.
 
     Raises:
-        CheckpointError: unreadable, or missing, unexpected or misshapen tensors (all listed); the
-            model is then as it was.
+        CheckpointError: unreadable, or missing, unexpected or misshapen tensors (all listed), or an
+            adapter that cannot be merged; the model is then as it was.
     """
     path = Path(path)
-    targets = _canonical(model.state_dict(keep_vars=True), "the model")
-    targets = {name: value for name, value in targets.items() if isinstance(value, Tensor)}
-    stored = _fit_prefix(model, _canonical(read_weights(path), str(path)), targets)
-    stored = _drop_ignored(model, stored, targets)
-    problems = _problems(targets, stored)
-    if problems:
-        raise CheckpointError(
-            f"{path} is not a checkpoint of this {type(model).__name__}: {'; '.join(problems)}. "
-            "Give the model this checkpoint was saved from, with the same settings"
-        )
+    targets = targets_of(model)
+    if is_adapter(path):
+        values = adapted(model, Adapter.read(path), targets, base)
+    else:
+        values = fit(model, read_weights(path), targets, str(path))
     with torch.no_grad():
-        for name, value in stored.items():
+        for name, value in values.items():
             # .data leaves version counters and requires_grad out of it.
             targets[name].data.copy_(value)
+    note_loaded(model, merged=is_adapter(path))
 
 
 def find_checkpoints(
@@ -217,7 +230,9 @@ def _resolve(entry: Path | str | Mapping[str, object]) -> list[Checkpoint]:
 def _checkpoint(path: Path, weight: object, name: str | None) -> Checkpoint:
     safe = _file_safe(name or _default_name(path))
     if weight is None:
-        return Checkpoint(safe, path, *learning_rate(path))
+        recorded = recorded_rates(path)
+        differ = recorded is not None and len(recorded.rates) > 1
+        return Checkpoint(safe, path, *summary(recorded), recorded=recorded if differ else None)
     if isinstance(weight, bool) or not isinstance(weight, (int, float)):
         raise CheckpointError(f"checkpoint {safe} has weight {weight!r}; expected a number")
     return Checkpoint(safe, path, float(weight), GIVEN)
@@ -230,8 +245,10 @@ def _file_safe(name: str) -> str:
 def _default_name(path: Path) -> str:
     # Not resolved: a hub cache links model.safetensors to a blob named by its hash.
     path = path.absolute()
-    generic = path.stem in ("model", "pytorch_model", "weights")
-    return path.parent.name if path.is_file() and generic else unpickled_suffix(path)
+    generic = path.stem in ("model", "pytorch_model", "adapter_model", "weights")
+    if path.name == SHARDED or (path.is_file() and generic):
+        return path.parent.name
+    return unpickled_suffix(path)
 
 
 def _expand(path: Path) -> list[Path]:
@@ -242,7 +259,7 @@ def _expand(path: Path) -> list[Path]:
         # same sketch) once step-200.safetensors has joined it.
         numbered = len(files) == 1 and any(letter.isdigit() for letter in files[0].stem)
         return [files[0]] if numbered else [path]
-    except CheckpointError:
+    except NoWeightsError:
         if not path.is_dir():
             return []
     inside = []
@@ -250,7 +267,7 @@ def _expand(path: Path) -> list[Path]:
         try:
             weight_files(child)
             inside.append(child)
-        except CheckpointError:
+        except NoWeightsError:
             continue
     return inside
 
@@ -278,63 +295,3 @@ def _named_apart(checkpoints: list[Checkpoint]) -> list[Checkpoint]:
                 "list it once"
             )
     return apart
-
-
-def _canonical(state: Mapping[str, Tensor], owner: str) -> dict[str, Tensor]:
-    names: dict[str, Tensor] = {}
-    for name, value in state.items():
-        short = canonical_name(name)
-        if short in names:
-            raise CheckpointError(
-                f"{owner} has two tensors named {short} once wrappers are removed"
-            )
-        names[short] = value
-    return names
-
-
-def _fit_prefix(
-    model: nn.Module, stored: dict[str, Tensor], targets: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Add the base model's prefix to names saved without it (``h.0…`` for ``transformer.h.0…``)."""
-    prefix = getattr(model, "base_model_prefix", None)
-    if not isinstance(prefix, str) or not prefix or any(name in targets for name in stored):
-        return stored
-    return {f"{prefix}.{name}": value for name, value in stored.items()}
-
-
-def _drop_ignored(
-    model: nn.Module, stored: dict[str, Tensor], targets: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Leave out what the model's own class declares to be leftovers of older versions."""
-    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    return {
-        name: value
-        for name, value in stored.items()
-        if name in targets or not any(re.search(pattern, name) for pattern in patterns)
-    }
-
-
-def _problems(targets: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> list[str]:
-    """Return what does not fit, a clause for each kind."""
-    present = {id(targets[name]): name for name in stored if name in targets}
-    missing = [n for n, value in targets.items() if n not in stored and id(value) not in present]
-    unexpected = [name for name in stored if name not in targets]
-    misshapen = [
-        f"{name} is {tuple(value.shape)}, expected {tuple(targets[name].shape)}"
-        for name, value in stored.items()
-        if name in targets and value.shape != targets[name].shape
-    ]
-    clauses = {"missing": missing, "unexpected": unexpected, "shape": misshapen}
-    if not misshapen:
-        clauses["tied in the model but different here"] = [
-            f"{name} and {twin}"
-            for name in stored
-            if name in targets and (twin := present[id(targets[name])]) != name
-            if not torch.equal(stored[name], stored[twin])
-        ]
-    return [f"{kind}: {_some(names)}" for kind, names in clauses.items() if names]
-
-
-def _some(names: Sequence[str], limit: int = 8) -> str:
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more

@@ -10,15 +10,18 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sdi.errors import LoopError
+from sdi.rowtags import leaves
+from sdi.torchcalls import graph_nodes
 
 Body = str | nn.Module | Sequence[str | nn.Module]
 
@@ -129,7 +132,7 @@ class Loop:
 
 
 def _resolve(model: nn.Module, item: str | nn.Module) -> nn.Module:
-    modules: dict[str, nn.Module] = dict(model.named_modules())
+    modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
     if isinstance(item, nn.Module):
         if not any(item is module for module in modules.values()):
             raise LoopError(f"the body {type(item).__name__} is not a module of the model")
@@ -166,16 +169,34 @@ def _matching(patterns: Iterable[str], known: Iterable[str]) -> frozenset[str]:
 class StepCounter:
     """Numbers the steps of one forward pass from the calls of the body's members.
 
-    `current` is the zero-based step while a member runs, else None.
+    Members that hold the very same parameters (a shared block wrapped by several layers) count as
+    one. `current` is the zero-based step while a member runs, else None.
     """
 
     def __init__(self, loop: Loop) -> None:
         self._loop = loop
-        self._index = {id(member): i for i, member in enumerate(loop.members)}
+        same = [frozenset(map(id, member.parameters())) or id(member) for member in loop.members]
+        self._index = {id(m): same.index(own) for m, own in zip(loop.members, same, strict=True)}
         self._stack: list[int | None] = []
         self._first: int | None = None
+        self._calls: list[tuple[int, list[Any]]] = []
         self.current: int | None = None
         self.count = 0
+
+    def called(self, output: Any) -> None:
+        """A call of the whole model ended with this output."""
+        if self.current is None and id(self._loop.model) not in self._index:
+            makers = [t.grad_fn for t in leaves(output) if t.grad_fn is not None]
+            self._calls.append((self.count, makers))
+
+    def drop_unused(self, losses: Tensor) -> None:
+        """Forget the steps of calls of the model after the last one that the losses depend on."""
+        if len(self._calls) < 2 or not self._loop.tied:
+            return
+        nodes = graph_nodes(losses)
+        live = [count for count, makers in self._calls if any(m in nodes for m in makers)]
+        if live:
+            self.count = live[-1]
 
     def state(self) -> tuple[Any, ...]:
         """What `restore` brings back: where a region that will run again begins."""
@@ -205,6 +226,34 @@ class StepCounter:
     def leave(self) -> None:
         """A member ends."""
         self.current = self._stack.pop()
+
+
+@contextmanager
+def counting(loop: Loop, steps: StepCounter, paused: Callable[[], bool]) -> Iterator[None]:
+    """Hooks that number the steps of a forward pass; while `paused` calls do not count."""
+
+    def enter(module: nn.Module, _args: Any) -> None:
+        if not paused():
+            steps.enter(module)
+
+    def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
+        if not paused():
+            steps.leave()
+
+    def ended(_module: nn.Module, _args: Any, output: Any) -> None:
+        if not paused():
+            steps.called(output)
+
+    handles: list[Any] = []
+    for member in loop.members:
+        handles.append(member.register_forward_pre_hook(enter, prepend=True))
+        handles.append(member.register_forward_hook(leave, always_call=True))
+    handles.append(loop.model.register_forward_hook(ended))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @dataclass(frozen=True)

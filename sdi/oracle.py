@@ -40,7 +40,9 @@ def step_gradients(
     wanted = {name: parameters[name] for name in names}
     with torch.compiler.set_stance("force_eager"), torch.enable_grad():
         with _aliased(loop, wanted) as (aliases, counter):
-            value = loss(loop.model, row).sum()
+            losses = loss(loop.model, row)
+            value = losses.sum()
+            counter.drop_unused(losses)
         flat = [(s, n, a) for s, by_name in aliases.items() for n, a in by_name.items()]
         found = torch.autograd.grad(value, [a for _, _, a in flat], allow_unused=True)
         total_loss = loss(loop.model, row).sum()
@@ -50,7 +52,7 @@ def step_gradients(
         {n: torch.zeros_like(p) for n, p in wanted.items()} for _ in range(bins)
     ]
     for (step, name, _), gradient in zip(flat, found, strict=True):
-        if gradient is not None:
+        if gradient is not None and step < bins:
             place = _bin(step, counter.count) if loop.outside else step
             steps[place][name] = steps[place][name] + gradient
     zero = {n: torch.zeros_like(p) for n, p in wanted.items()}
@@ -112,6 +114,7 @@ def _aliased(loop: Loop, wanted: dict[str, nn.Parameter]) -> Iterator[tuple[Alia
         handles.append(member.register_forward_hook(swap_out, always_call=True))
     if loop.outside:
         place(-1)
+    handles.append(loop.model.register_forward_hook(lambda _m, _a, out: counter.called(out)))
     try:
         yield aliases, counter
     finally:

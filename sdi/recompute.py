@@ -57,16 +57,15 @@ class Operands:
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], held: set[int]) -> None:
-        self._held = held
-        self._tensors: list[Tensor] = []
-        self._args, self._kwargs = self._slotted(args), self._slotted(kwargs)
-        self._tags = [tag_of(t) or FIRST for t in self._tensors]
-        self._likes = [(t.shape, t.dtype) for t in self._tensors]
+        tensors: list[Tensor] = []
+        self._args = _slotted(args, held, tensors)
+        self._kwargs = _slotted(kwargs, held, tensors)
+        self._tags = [tag_of(t) or FIRST for t in tensors]
+        self._likes = [(t.shape, t.dtype) for t in tensors]
         with torch._C.DisableTorchFunction():
             anchor = torch.empty(0, requires_grad=True)
-            saved = _Save.apply(anchor, *(t.detach() for t in self._tensors))  # type: ignore[no-untyped-call]
+            saved = _Save.apply(anchor, *(t.detach() for t in tensors))  # type: ignore[no-untyped-call]
         self._node = saved.grad_fn
-        self._tensors = []
 
     def restored(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments as they were, recomputed where they had been dropped."""
@@ -79,27 +78,35 @@ class Operands:
         with torch._C.DisableTorchFunction():
             return self._filled([torch.empty(s, dtype=d, device="meta") for s, d in self._likes])
 
-    def _slotted(self, value: Any) -> Any:
-        if isinstance(value, Tensor) and id(value) not in self._held:
-            self._tensors.append(value)
-            return _Slot(len(self._tensors) - 1)
-        if isinstance(value, list | tuple) and type(value) in (list, tuple):
-            return type(value)(self._slotted(item) for item in value)
-        if isinstance(value, dict):
-            return {key: self._slotted(item) for key, item in value.items()}
-        return value
-
     def _filled(self, tensors: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        def fill(value: Any) -> Any:
-            if isinstance(value, _Slot):
-                return tag(tensors[value.number].detach(), self._tags[value.number])
-            if type(value) in (list, tuple):
-                return type(value)(fill(item) for item in value)
-            if isinstance(value, dict):
-                return {key: fill(item) for key, item in value.items()}
-            return value
+        tagged = [tag(t.detach(), known) for t, known in zip(tensors, self._tags, strict=True)]
+        return _filled(self._args, tagged), _filled(self._kwargs, tagged)
 
-        return fill(self._args), fill(self._kwargs)
+
+# Functions of their own: a recursive closure would keep its tensors until the next collection.
+
+
+def _slotted(value: Any, held: set[int], tensors: list[Tensor]) -> Any:
+    """`value` with a slot for each tensor that is not held; these are appended to `tensors`."""
+    if isinstance(value, Tensor) and id(value) not in held:
+        tensors.append(value)
+        return _Slot(len(tensors) - 1)
+    if type(value) in (list, tuple):
+        return type(value)(_slotted(item, held, tensors) for item in value)
+    if isinstance(value, dict):
+        return {key: _slotted(item, held, tensors) for key, item in value.items()}
+    return value
+
+
+def _filled(value: Any, tensors: list[Tensor]) -> Any:
+    """`value` with tensors in the place of slots."""
+    if isinstance(value, _Slot):
+        return tensors[value.number]
+    if type(value) in (list, tuple):
+        return type(value)(_filled(item, tensors) for item in value)
+    if isinstance(value, dict):
+        return {key: _filled(item, tensors) for key, item in value.items()}
+    return value
 
 
 def restored(use: Use, operands: Operands) -> tuple[tuple[Any, ...], dict[str, Any]]:

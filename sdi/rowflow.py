@@ -1,9 +1,7 @@
 """How the layout of rows passes through a torch call: from the operands' tags to the output's.
 
 Nearly every call keeps rows first where they are first, and that costs nothing here. What moves or
-picks axes is not interpreted, argument by argument, but tried: the same call on a tensor that holds
-the number of the place in every element shows where the places went. It has stride 0 along all
-other axes, so that it takes no memory. Reshapes leave a layout true as it stands. Products,
+picks axes is tried on numbered places (`sdi.rowmoves`). Reshapes leave a layout as it is. Products,
 reductions, concatenations and einsum have a function each. All other calls are taken to keep the
 axis, counted from the front, or from the end where they broadcast; a layout that does not fit the
 output is LOST.
@@ -17,21 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdi.rowmoves import MOVES, MOVING_GETTERS, moved, simplest
 from sdi.rowtags import FIRST, LOST, Rows, Tag, layout, leaves, settled, tag, tag_of
 
-_GETTERS: Any = Tensor  # property objects, which the stubs declare as tensors
-_MOVING_GETTERS = {getattr(_GETTERS, name).__get__ for name in ("T", "mT", "H", "mH")}
-_MOVES = {
-    "t", "transpose", "transpose_", "swapaxes", "swapdims", "permute", "movedim", "moveaxis",
-    "adjoint", "rot90", "flip", "roll", "expand", "expand_as", "broadcast_to", "select", "narrow",
-    "unbind", "chunk", "split", "tensor_split", "split_with_sizes", "unfold", "diagonal",
-    "__getitem__", "index_select", "masked_select", "take_along_dim", "repeat", "tile",
-    "repeat_interleave", "gather", "unsafe_chunk", "unsafe_split", "hsplit", "vsplit", "dsplit",
-}  # fmt: skip
-_VIEWS = _MOVES - {
-    "rot90", "flip", "roll", "index_select", "masked_select", "take_along_dim", "repeat", "tile",
-    "repeat_interleave", "gather",
-}  # fmt: skip
 _RESHAPES = {
     "view", "reshape", "flatten", "unflatten", "ravel", "view_as", "reshape_as", "squeeze",
     "squeeze_", "unsqueeze", "unsqueeze_", "_unsafe_view", "contiguous", "clone",
@@ -56,11 +42,14 @@ def pass_on(func: Any, args: Any, kwargs: Any, output: Any, carriers: list[Tenso
     if not found:
         return output
     handler = _HANDLERS.get(getattr(func, "__name__", ""))
-    if func in _MOVING_GETTERS:
+    if func in MOVING_GETTERS:
         handler = _moved
     if b == 1 or (handler is None and _plain(args, found, carriers)):
         return tag(output)
-    if handler is None:
+    owner = _only_owner(carriers)
+    if owner is not None:
+        rows: list[Tag] = [owner for _ in found]
+    elif handler is None:
         rows = [_kept(carriers, t, b) for t in found]
     else:
         rows = list(handler(func, args, kwargs, found, carriers, b))
@@ -68,6 +57,14 @@ def pass_on(func: Any, args: Any, kwargs: Any, output: Any, carriers: list[Tenso
         if known is not LOST or tensor.is_floating_point() or tensor.is_complex():
             tag(tensor, settled(known, tensor.shape, b))  # lost numbers are constants
     return output
+
+
+def _only_owner(carriers: list[Tensor]) -> Tag | None:
+    """The layout of what belongs to one and the same row as a whole, or None."""
+    tags = [_tag(t) for t in carriers]
+    rows = [t for t in tags if isinstance(t, Rows) and t.count == 1 and t.ids is not None]
+    one = len(rows) == len(tags) and len({int(t.ids) for t in rows if t.ids is not None}) == 1
+    return rows[0] if one else None
 
 
 def _plain(args: Any, found: Found, carriers: list[Tensor]) -> bool:
@@ -134,92 +131,10 @@ def _reshaped(_func: Any, args: Any, kwargs: Any, found: Found, carriers: Any, b
 
 
 def _moved(func: Any, args: Any, kwargs: Any, found: Found, carriers: Any, b: int) -> list[Tag]:
-    """Try the call on the numbers of the places."""
     source = _source(args, kwargs)
     if not any(source is t for t in carriers):  # rows come by way of an index
         return [_looked_up(t, carriers, b) for t in found]
-    rest = args[1:] if args else ()
-    named = {k: v for k, v in kwargs.items() if k not in ("input", "out")}
-    name = getattr(func, "__name__", "")
-    indexed = (name not in _VIEWS and name != "__get__") or any(_is_index(v) for v in rest)
-    if not indexed and _tag(source) is FIRST and all(_leads_as(source, t) for t in found):
-        return [FIRST for _ in found]
-    known = layout(_tag(source), source.shape, b)
-    at = known.axis(source.shape) if known is not None else None
-    if known is None or at is None:
-        return [_tag(source) if _tag(source) is FIRST else LOST for _ in found]
-    axis, shape, tail = at[0], source.shape, torch.Size()
-    if name == "__getitem__":
-        taken = max(axis + 1, _axes_taken(args[1], len(shape)))
-        shape, tail = shape[:taken], shape[taken:]
-    line = torch.arange(shape[axis], device=source.device if indexed else None)
-    probe = line.view([-1 if i == axis else 1 for i in range(len(shape))]).expand(shape)
-    with torch.no_grad():
-        tried = list(leaves(func(probe, *rest, **named)))
-    owners = known.places(source.shape)
-    if owners is None:
-        return [LOST for _ in found]
-    return [_described(known, owners.to(where.device), where, tail.numel()) for where in tried]
-
-
-def _is_index(value: Any) -> bool:
-    """Whether a part of a call's arguments picks single elements, so that the result is a copy."""
-    if isinstance(value, tuple):
-        return any(_is_index(v) for v in value)
-    return isinstance(value, list | Tensor)
-
-
-def _leads_as(source: Tensor, view: Tensor) -> bool:
-    """Whether a view still has the source's first axis first, and whole."""
-    step = source.stride(0) if source.ndim else 0
-    return bool(step and view.ndim and len(view) == len(source) and view.stride(0) == step)
-
-
-def _axes_taken(index: Any, ndim: int) -> int:
-    """How many leading axes an index tells about; all of them where it has an ellipsis."""
-    items = index if isinstance(index, tuple) else (index,)
-    if any(item is Ellipsis for item in items):
-        return ndim
-    masks = [i.ndim if isinstance(i, Tensor) and i.dtype == torch.bool else 1 for i in items]
-    return sum(n for n, item in zip(masks, items, strict=True) if item is not None)
-
-
-def _described(known: Rows, owners: Tensor, where: Tensor, below: int) -> Tag:
-    """The layout of an output of which `where` tells the place on the source's row axis.
-
-    Args:
-        owners: the row of every place.
-        where: as the output, less trailing axes of `below` elements.
-    """
-    if where.numel() == 0:
-        return LOST
-    for axis in reversed(range(where.ndim)):  # what has stride 0 was never the row axis
-        if where.shape[axis] > 1 and where.stride(axis):
-            break
-        below *= where.shape[axis]
-        where = where.select(axis, 0)
-    while where.ndim and (where.shape[0] == 1 or not where.stride(0)):
-        where = where[0]
-    ids = owners[where]
-    while ids.ndim > 1 and bool((ids == ids[..., :1]).all()):
-        below *= ids.shape[-1]
-        ids = ids[..., 0]
-    while ids.ndim > 1 and bool((ids == ids[:1]).all()):
-        ids = ids[0]
-    return _simplest(ids.reshape(-1), below, known)
-
-
-def _simplest(ids: Tensor, stride: int, known: Rows) -> Rows:
-    """Each place's row, without a list where row b's places are the b-th equal part."""
-    if known.ids is None and len(ids) % known.count == 0:
-        inner = len(ids) // known.count
-        regular = torch.arange(len(ids), device=ids.device) // inner
-        if bool((ids == regular).all()):
-            return Rows(known.count, stride * inner)
-        every = torch.arange(len(ids), device=ids.device) % known.count
-        if bool((ids == every).all()):
-            return Rows(known.count, stride)
-    return Rows(len(ids), stride, ids)
+    return moved(func, args, kwargs, source, _tag(source), found, b)
 
 
 def _looked_up(out: Tensor, carriers: list[Tensor], b: int) -> Tag:
@@ -302,7 +217,7 @@ def _joined(func: Any, args: Any, kwargs: Any, found: Found, carriers: Any, b: i
     whose = [o for o in owners if o is not None]
     if len(whose) < len(owners):
         return [LOST]
-    return [_simplest(torch.cat(whose), out.shape[dim + 1 :].numel(), Rows(b, 1))]
+    return [simplest(torch.cat(whose), out.shape[dim + 1 :].numel(), Rows(b, 1))]
 
 
 def _multiplied(
@@ -397,7 +312,7 @@ def _where(func: Any, args: Any, kwargs: Any, found: Found, carriers: Any, b: in
 
 Handler = Callable[[Any, Any, Any, Found, list[Tensor], int], list[Tag]]
 _HANDLERS: dict[str, Handler] = {
-    **dict.fromkeys(_MOVES, _moved),
+    **dict.fromkeys(MOVES, _moved),
     **dict.fromkeys(_RESHAPES, _reshaped),
     **dict.fromkeys(_REDUCTIONS, _reduced),
     **dict.fromkeys(_MIXING, _mixed),

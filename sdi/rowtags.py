@@ -51,10 +51,12 @@ class Rows:
 
     def axis(self, shape: torch.Size) -> tuple[int, int] | None:
         """(axis, elements of it between two places) for a tensor of that shape, or None."""
+        if self.count == 1 and shape:
+            return 0, shape[0]
         below = 1
         for axis in reversed(range(len(shape))):
             above = below * shape[axis]
-            if self.stride < above or self.stride == above == below == 0:
+            if self.stride < above:
                 inner, rest = divmod(self.stride, below)
                 whole = not rest and shape[axis] % (inner * self.count) == 0
                 return (axis, inner) if whole else None
@@ -130,6 +132,8 @@ def tag(output: Any, rows: Tag = FIRST) -> Any:
 
 def settled(rows: Tag, shape: torch.Size, batch: int) -> Tag:
     """FIRST where the layout is just that, so that the usual case stays the quick one."""
+    if isinstance(rows, Rows) and rows.count == 1:  # all of it is one row's
+        return Rows(1, max(shape.numel(), 1), rows.ids)
     if not isinstance(rows, Rows) or rows.count != batch or not shape or shape[0] % batch:
         return rows
     if rows.stride * batch != shape.numel():

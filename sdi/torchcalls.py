@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -29,21 +30,28 @@ def entered(func: Any) -> types.FunctionType:
     return copy
 
 
-def reachable(losses: Tensor, names: dict[int, str]) -> set[str]:
-    """Names of the parameters at the leaves of the loss's graph."""
-    found: set[str] = set()
+def autocast_of(output: Tensor) -> tuple[str, torch.dtype] | None:
+    """(device type, data type) of the autocast that is on where a call ran, or None."""
+    kind = output.device.type
+    return (kind, torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else None
+
+
+def graph_nodes(losses: Tensor) -> set[Any]:
+    """Every node of the loss's graph."""
     seen: set[Any] = set()
-    todo = [losses.grad_fn]
+    todo: list[Any] = [losses.grad_fn]
     while todo:
         node = todo.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) in names:
-            found.add(names[id(variable)])
-        todo.extend(parent for parent, _ in node.next_functions)
-    return found
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo.extend(parent for parent, _ in node.next_functions)
+    return seen
+
+
+def reachable(losses: Tensor, names: dict[int, str]) -> set[str]:
+    """Names of the parameters at the leaves of the loss's graph."""
+    variables = (getattr(node, "variable", None) for node in graph_nodes(losses))
+    return {names[id(v)] for v in variables if v is not None and id(v) in names}
 
 
 def origin(output: Tensor) -> Tensor:

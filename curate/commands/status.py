@@ -20,7 +20,7 @@ from curate.console import emit
 @overwrite_option
 @output_options
 def command(run: Path, overwrite: bool) -> None:
-    """What RUN holds, and what is still to be done."""
+    """What RUN holds, how much of the model it covers, and what is still to be done."""
     from curate.status import status
 
     emit(status(run), chosen_output(overwrite=overwrite))

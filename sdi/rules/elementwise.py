@@ -27,7 +27,7 @@ def _elementwise(use: Use, product: bool) -> bool:
     place = _row_axis(use, weight)
     if not isinstance(other, Tensor) or place is None:
         return False
-    gradient = _row_first(use, use.delta * other if product else use.delta, *place)
+    gradient = _row_first(use, use.wide_delta * other if product else use.wide_delta, *place)
     weight.emit(use.sink, use.step, _unbroadcast(gradient, weight.tensor.shape, place[0]))
     return True
 

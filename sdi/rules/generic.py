@@ -68,21 +68,11 @@ def _row(use: Use, row: int | None, sliced: bool) -> Gradients:
     """Gradient of every weight of the use for one row, or for all rows where it is None."""
     aliases = {at: w.tensor.detach().requires_grad_() for at, w in use.weights.items()}
 
-    def pick(at: tuple[str, Any], value: Any) -> Any:
-        if at in aliases:
-            return aliases[at]
-        if isinstance(value, tuple | list):
-            return type(value)(pick((at[0], (at[1], j)), v) for j, v in enumerate(value))
-        if not isinstance(value, Tensor):
-            return value
-        if sliced and use.is_rowwise(value) and value.ndim and value.shape[0] % use.batch == 0:
-            each = value.shape[0] // use.batch
-            return value if row is None else value[row * each : (row + 1) * each]
-        return value
-
-    with torch.enable_grad():
-        args = [pick(("args", i), v) for i, v in enumerate(use.args)]
-        kwargs = {k: pick(("kwargs", k), v) for k, v in use.kwargs.items()}
+    device, dtype = use.autocast or (use.delta.device.type, torch.bfloat16)
+    with torch.enable_grad(), torch.autocast(device, dtype, use.autocast is not None):
+        own = row if sliced else None
+        args = [_picked(use, aliases, ("args", i), v, own) for i, v in enumerate(use.args)]
+        kwargs = {k: _picked(use, aliases, ("kwargs", k), v, own) for k, v in use.kwargs.items()}
         output = use.function(*args, **kwargs)
     if not output.requires_grad:  # only its shape or type was taken from the weight
         return dict.fromkeys(aliases)
@@ -97,3 +87,23 @@ def _row(use: Use, row: int | None, sliced: bool) -> Gradients:
         grad = masked(use.delta, use.rows, use.batch, row, use.label)
     found = torch.autograd.grad(output, list(aliases.values()), grad, allow_unused=True)
     return dict(zip(aliases, found, strict=True))
+
+
+def _picked(
+    use: Use,
+    aliases: dict[tuple[str, Any], Tensor],
+    at: tuple[str, Any],
+    value: Any,
+    row: int | None,
+) -> Any:
+    """An operand: the alias of a weight, the row asked for of what has rows, or as it is."""
+    if at in aliases:
+        return aliases[at]
+    if isinstance(value, tuple | list):
+        items = (_picked(use, aliases, (at[0], (at[1], j)), v, row) for j, v in enumerate(value))
+        return type(value)(items)
+    rowwise = use.is_rowwise(value) and value.ndim and value.shape[0] % use.batch == 0
+    if row is None or not rowwise:
+        return value
+    each = value.shape[0] // use.batch
+    return value[row * each : (row + 1) * each]

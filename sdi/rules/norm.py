@@ -28,9 +28,10 @@ def _norm(
     weight = use.weight(2, "weight")
     if not use.is_rowwise(inputs) or use.weight(0, "input") is not None:
         return False
+    delta = use.wide_delta
     if weight is not None:
-        hat = normalise(inputs.detach().to(use.delta.dtype), shape, **options)
-        weight.emit(use.sink, use.step, use.split_delta(use.delta * hat, len(shape)).sum(dim=1))
+        hat = normalise(inputs.detach().to(delta.dtype), shape, **options)
+        weight.emit(use.sink, use.step, use.split_delta(delta * hat, len(shape)).sum(dim=1))
     if bias is not None:
-        bias.emit(use.sink, use.step, use.split_delta(features=len(shape)).sum(dim=1))
+        bias.emit(use.sink, use.step, use.split_delta(delta, len(shape)).sum(dim=1))
     return True

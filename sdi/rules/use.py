@@ -11,6 +11,8 @@ from torch import Tensor
 from sdi.rowtags import FIRST, Tag, is_tagged, split, tag_of
 from sdi.sinks import Sink
 
+HALVES = (torch.bfloat16, torch.float16)
+
 
 @dataclass(frozen=True)
 class Weight:
@@ -49,7 +51,8 @@ class Weight:
     def emit_outer(self, sink: Sink, step: int, left: Tensor, right: Tensor) -> None:
         """Hand on Σ_n left (B, n, R) ⊗ right (B, n, C), the gradient of this 2-D operand."""
         if self.name is None:
-            self.emit(sink, step, left.transpose(1, 2) @ right)
+            wide = torch.promote_types(left.dtype, right.dtype)  # they differ under autocast
+            self.emit(sink, step, left.to(wide).transpose(1, 2) @ right.to(wide))
         elif self.transposed:
             sink.outer(self.name, step, right, left)
         else:
@@ -71,6 +74,7 @@ class Use:
         delta: gradient of Σ_b ℓ_b with respect to the output.
         sink: receives the gradients.
         rows: where the rows lie in the output, and so in delta.
+        autocast: (device type, data type) of the autocast that the use ran under, if any.
     """
 
     function: Any
@@ -82,6 +86,7 @@ class Use:
     sink: Sink
     rows: Tag
     delta: Tensor
+    autocast: tuple[str, torch.dtype] | None = None
 
     @property
     def label(self) -> str:
@@ -106,6 +111,11 @@ class Use:
     def split(self, tensor: Tensor, features: int = 1) -> Tensor:
         """An operand as (B, n, *features); refused where its rows cannot be told apart."""
         return split(tensor, tag_of(tensor) or FIRST, self.batch, self.label, features)
+
+    @property
+    def wide_delta(self) -> Tensor:
+        """`delta`, in float32 where it is half: sums over tokens are, as autograd's own."""
+        return self.delta.float() if self.delta.dtype in HALVES else self.delta
 
     def split_delta(self, gradient: Tensor | None = None, features: int = 1) -> Tensor:
         """`delta`, or a tensor of its shape, as (B, n, *features)."""

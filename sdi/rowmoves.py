@@ -1,0 +1,127 @@
+"""Calls that move, pick or repeat what a tensor holds: where its rows went.
+
+Not interpreted, argument by argument, but tried: the same call on a tensor that holds the number of
+the place in every element shows where the places went. It has stride 0 along all other axes, so
+that it takes no memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdi.rowtags import FIRST, LOST, Rows, Tag, layout, leaves
+
+_GETTERS: Any = Tensor  # property objects, which the stubs declare as tensors
+MOVING_GETTERS = {getattr(_GETTERS, name).__get__ for name in ("T", "mT", "H", "mH")}
+MOVES = {
+    "t", "transpose", "transpose_", "swapaxes", "swapdims", "permute", "movedim", "moveaxis",
+    "adjoint", "rot90", "flip", "roll", "expand", "expand_as", "broadcast_to", "select", "narrow",
+    "unbind", "chunk", "split", "tensor_split", "split_with_sizes", "unfold", "diagonal",
+    "__getitem__", "index_select", "masked_select", "take_along_dim", "repeat", "tile",
+    "repeat_interleave", "gather", "unsafe_chunk", "unsafe_split", "hsplit", "vsplit", "dsplit",
+}  # fmt: skip
+VIEWS = MOVES - {
+    "rot90", "flip", "roll", "index_select", "masked_select", "take_along_dim", "repeat", "tile",
+    "repeat_interleave", "gather",
+}  # fmt: skip
+
+
+def moved(
+    func: Any, args: Any, kwargs: Any, source: Tensor, rows: Tag, found: Sequence[Tensor], b: int
+) -> list[Tag]:
+    """The layouts of the outputs `found` of a call that moves or picks what `source` holds.
+
+    Args:
+        source: the first operand, or the one called `input`.
+        rows: its tag.
+        b: B.
+    """
+    rest = args[1:] if args else ()
+    named = {k: v for k, v in kwargs.items() if k not in ("input", "out")}
+    name = getattr(func, "__name__", "")
+    indexed = (name not in VIEWS and name != "__get__") or any(_is_index(v) for v in rest)
+    if not indexed and rows is FIRST and all(_leads_as(source, t) for t in found):
+        return [FIRST for _ in found]
+    known = layout(rows, source.shape, b)
+    at = known.axis(source.shape) if known is not None else None
+    if known is None or at is None:
+        return [FIRST if rows is FIRST else LOST for _ in found]
+    axis, shape, tail = at[0], source.shape, torch.Size()
+    if name == "__getitem__":
+        taken = max(axis + 1, _axes_taken(args[1], len(shape)))
+        shape, tail = shape[:taken], shape[taken:]
+    line = torch.arange(shape[axis], device=source.device if indexed else None)
+    probe = line.view([-1 if i == axis else 1 for i in range(len(shape))]).expand(shape)
+    with torch.no_grad():
+        tried = list(leaves(func(probe, *rest, **named)))
+    owners = known.places(source.shape)
+    if owners is None:
+        return [LOST for _ in found]
+    return [_described(known, owners.to(where.device), where, tail.numel()) for where in tried]
+
+
+def _is_index(value: Any) -> bool:
+    """Whether a part of a call's arguments picks single elements, so that the result is a copy."""
+    if isinstance(value, tuple):
+        return any(_is_index(v) for v in value)
+    return isinstance(value, list | Tensor)
+
+
+def _leads_as(source: Tensor, view: Tensor) -> bool:
+    """Whether a view still has the source's first axis first, and whole."""
+    step = source.stride(0) if source.ndim else 0
+    return bool(step and view.ndim and len(view) == len(source) and view.stride(0) == step)
+
+
+def _axes_taken(index: Any, ndim: int) -> int:
+    """How many leading axes an index tells about; all of them where it has an ellipsis."""
+    items = index if isinstance(index, tuple) else (index,)
+    if any(item is Ellipsis for item in items):
+        return ndim
+    masks = [i.ndim if isinstance(i, Tensor) and i.dtype == torch.bool else 1 for i in items]
+    return sum(n for n, item in zip(masks, items, strict=True) if item is not None)
+
+
+def _described(known: Rows, owners: Tensor, where: Tensor, below: int) -> Tag:
+    """The layout of an output of which `where` tells the place on the source's row axis.
+
+    Args:
+        owners: the row of every place.
+        where: as the output, less trailing axes of `below` elements.
+    """
+    if where.numel() == 0:
+        return LOST
+    for axis in reversed(range(where.ndim)):  # what has stride 0 was never the row axis
+        if where.shape[axis] > 1 and where.stride(axis):
+            break
+        below *= where.shape[axis]
+        where = where.select(axis, 0)
+    while where.ndim and (where.shape[0] == 1 or not where.stride(0)):
+        where = where[0]
+    ids = owners[where]
+    while ids.ndim > 1 and bool((ids == ids[..., :1]).all()):
+        below *= ids.shape[-1]
+        ids = ids[..., 0]
+    while ids.ndim > 1 and bool((ids == ids[:1]).all()):
+        ids = ids[0]
+    return simplest(ids.reshape(-1), below, known)
+
+
+def simplest(ids: Tensor, stride: int, known: Rows) -> Rows:
+    """Each place's row, equal parts or a repeated run of places taken together."""
+    count = known.count
+    inner, rest = divmod(len(ids), count)
+    if not rest and inner:
+        parts, runs = ids.view(count, inner), ids.view(inner, count)
+        if bool((parts == parts[:, :1]).all()):
+            ids, stride = parts[:, 0], stride * inner
+        elif bool((runs == runs[:1]).all()):
+            ids = runs[0]
+        plain = known.ids is None and len(ids) == count
+        if plain and bool((ids == torch.arange(count, device=ids.device)).all()):
+            return Rows(count, stride)
+    return Rows(len(ids), stride, ids)

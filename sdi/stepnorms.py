@@ -1,0 +1,148 @@
+"""Each parameter's gradient at each step: its norm, and how far it is from per-row autograd.
+
+The self-check says whether a body can be attributed; this says what its steps look like. It goes
+one group of parameters at a time, so that memory is bounded for a body of any size, and repeats the
+pass for each group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from sdi.batchrows import row_alone
+from sdi.capture import Loss, capture
+from sdi.loop import Loop
+from sdi.losses import check_losses
+from sdi.oracle import step_gradients
+from sdi.sinks import ExactSink, Sink
+
+
+@dataclass(frozen=True)
+class StepNorms:
+    """One parameter of the body.
+
+    Attributes:
+        name: canonical name.
+        shape: of the parameter.
+        norms: S numbers, the root mean square over the rows of ‖φ_s‖.
+        error: largest relative error of a step gradient against per-row autograd, over
+            max(‖step‖, 1e-6‖total‖); infinite where a row alone runs more steps than in its batch.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    norms: tuple[float, ...]
+    error: float
+
+
+def step_norms(
+    loop: Loop,
+    batch: Any,
+    ids: Sequence[str],
+    loss: Loss,
+    steps: int,
+    *,
+    memory: int = 512 << 20,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[StepNorms]:
+    """Every attributed parameter in turn.
+
+    Args:
+        loop: model and body.
+        batch: B rows, as the loss takes them; all are measured.
+        ids: the B ids.
+        loss: (model, batch) → (B,).
+        steps: S, as a sketch of the same batch has it.
+        memory: bytes that the exact gradients of a group may take.
+        progress: called with (parameters done, parameters in all).
+
+    Raises:
+        CaptureError, LoopError, LossError: as `sdi.Sketcher`.
+    """
+    ids = tuple(ids)
+    shapes = {name: tuple(p.shape) for name, p in loop.parameters().items()}
+    groups = list(_groups(shapes, 8 * steps * len(ids), memory))
+    done = 0
+    for names in groups:
+        if progress is not None and len(groups) > 1:
+            progress(done, len(shapes))
+        sink = ExactSink({name: shapes[name] for name in names})
+        chosen = cast(Sink, _Chosen(sink, set(names)))
+        capture(loop, batch, loss, chosen, len(ids), lambda found: check_losses(found, ids))
+        errors = _errors(loop, batch, len(ids), loss, names, sink, steps)
+        for name in names:
+            norms = tuple(_rms(sink.gradients.get((name, step))) for step in range(steps))
+            yield StepNorms(name, shapes[name], norms, errors[name])
+        done += len(names)
+
+
+class _Chosen:
+    """Passes on the contributions of some parameters, in whatever form they come."""
+
+    def __init__(self, sink: ExactSink, names: set[str]) -> None:
+        self._sink, self._names = sink, names
+
+    def __getattr__(self, form: str) -> Callable[..., None]:
+        add = getattr(self._sink, form)
+
+        def receive(name: str, *contribution: Any) -> None:
+            if name in self._names:
+                add(name, *contribution)
+
+        return receive
+
+
+def _groups(shapes: dict[str, tuple[int, ...]], each: int, memory: int) -> Iterator[list[str]]:
+    """Names in groups that fit into `memory` at `each` bytes a number; at least one a group."""
+    group: list[str] = []
+    size = 0
+    for name, shape in shapes.items():
+        need = each * torch.Size(shape).numel()
+        if group and size + need > memory:
+            yield group
+            group, size = [], 0
+        group.append(name)
+        size += need
+    yield group
+
+
+def _rms(gradient: Tensor | None) -> float:
+    """Root mean square over the rows of the norm of a (B, ...) gradient; 0 where there is none."""
+    if gradient is None:
+        return 0.0
+    return float(gradient.double().flatten(1).square().sum(dim=1).mean().sqrt())
+
+
+def _errors(
+    loop: Loop, batch: Any, size: int, loss: Loss, names: list[str], sink: ExactSink, steps: int
+) -> dict[str, float]:
+    """Parameter name → largest relative error over rows and steps."""
+    worst = dict.fromkeys(names, 0.0)
+    for row in range(size):
+        true, total = step_gradients(loop, row_alone(batch, row, size), loss, names)
+        for name in names:
+            zero = torch.zeros_like(total[name])
+            if len(true) > steps:
+                worst[name] = float("inf")
+                continue
+            captured = [sink.gradients.get((name, step)) for step in range(steps)]
+            ours = [zero if g is None else g[row] for g in captured]
+            theirs = [step[name] for step in true] + [zero] * (steps - len(true))
+            worst[name] = max(worst[name], _error(ours, theirs, total[name]))
+    return worst
+
+
+def _error(ours: list[Tensor], theirs: list[Tensor], total: Tensor) -> float:
+    """Over max(‖step‖, 1e-6‖total‖), ‖total‖ no smaller than the largest step."""
+    wide = [step.double() for step in theirs]
+    largest = max(float(total.double().norm()), *(float(step.norm()) for step in wide))
+    found = [
+        float((mine.double() - true).norm()) / max(float(true.norm()), 1e-6 * largest, 1e-12)
+        for mine, true in zip(ours, wide, strict=True)
+    ]
+    return float("inf") if any(e != e for e in found) else max(found)
