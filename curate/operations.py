@@ -63,7 +63,12 @@ def sketch(job: Job) -> None:
     report = sketch_run(
         job.run,
         lambda: build_model(model.source, model.args, job.folder, trust_code=job.trust_code),
-        LoopOptions(recipe.loop.body, recipe.loop.tied, recipe.loop.skip or ()),
+        LoopOptions(
+            recipe.loop.body,
+            recipe.loop.tied,
+            recipe.loop.skip or (),
+            bool(recipe.loop.full_graph),
+        ),
         found_checkpoints(job),
         {name: examples for name, examples in sets.items() if examples.role != "eval"},
         _sketch_options(job),

@@ -84,13 +84,15 @@ class ModelSection(Strict):
 class LoopSection(Strict):
     """The body: a dotted module name or several; `tied` is false for an ordinary transformer.
 
-    `skip` names parameters of the body (globs too) that are left out on request.
+    `skip` names parameters of the body (globs too) that are left out on request. `full_graph` lets
+    loops that the model runs under no_grad take part.
     """
 
     body: Annotated[tuple[str, ...], BeforeValidator(_listed)]
     tied: bool = True
     # None, so that recipes without it keep their hash
     skip: Annotated[tuple[str, ...] | None, BeforeValidator(_listed)] = None
+    full_graph: bool | None = None
 
 
 class CheckpointSection(Strict):

@@ -13,7 +13,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -72,11 +72,12 @@ class SketchOptions:
 
 @dataclass(frozen=True)
 class LoopOptions:
-    """The loop body by names, whether its weights are tied, and what is skipped on request."""
+    """As `sdi.Loop` takes them, the body by names."""
 
     body: tuple[str, ...]
     tied: bool = True
     skip: tuple[str, ...] = ()
+    full_graph: bool = False
 
 
 class SketcherLike(Protocol):
@@ -185,7 +186,7 @@ class _Session:
         if not sets or not any(len(examples) for examples in sets.values()):
             raise UsageError("there is nothing to sketch: the run has no rows")
         model = model.to(_device(self.options.device)).eval()
-        body = sdi.Loop(model, list(self.loop.body), tied=self.loop.tied, skip=self.loop.skip)
+        body = sdi.Loop(model, **asdict(self.loop))
         checkpoints = settle_weights(settle_rates(c, body) for c in checkpoints)
         self.base = needed_base(model, [c.path for c in checkpoints])
         self._settle(body, model_spec, checkpoints)

@@ -35,6 +35,7 @@ from torch.overrides import TorchFunctionMode
 from sdi import refusals, rules
 from sdi.aside import only_body_trains
 from sdi.batchrows import tagged
+from sdi.fullgraph import full_graph
 from sdi.loop import Loop, StepCounter, counting
 from sdi.recompute import Operands, in_replayed_region, reentrant, restored
 from sdi.rowflow import pass_on
@@ -111,7 +112,7 @@ def capture(
         stack.enter_context(torch.enable_grad())
         # Regions are run again by the thread that has the mode, on a GPU too.
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
-        with mode:
+        with full_graph(loop.full_graph), mode:
             losses = loss(loop.model, tagged(batch, size))
         check(losses)
         mode.refuse_after_forward(losses)

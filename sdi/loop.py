@@ -59,10 +59,12 @@ class Loop:
         tied: bool = True,
         skip: str | Sequence[str] = (),
         outside: bool = False,
+        full_graph: bool = False,
     ) -> None:
         self.model = model
         self.tied = tied
         self.outside = outside
+        self.full_graph = full_graph
         listed = [body] if isinstance(body, str | nn.Module) else list(body)
         self.members: tuple[nn.Module, ...] = tuple(
             member for item in listed for member in _expand(_resolve(model, item))
@@ -123,9 +125,8 @@ class Loop:
 
     def fingerprint(self) -> str:
         """Hex digest of what the sketches assume of the model: names and shapes of the body."""
-        digest = hashlib.sha256(
-            repr((self.names, self.tied, *(["outside"] * self.outside))).encode()
-        )
+        asked = [name for name in ("outside", "full_graph") if getattr(self, name)]
+        digest = hashlib.sha256(repr((self.names, self.tied, *asked)).encode())
         for name, parameter in sorted(self.all_parameters().items()):
             digest.update(repr((name, tuple(parameter.shape), parameter.requires_grad)).encode())
         return digest.hexdigest()

@@ -1,8 +1,8 @@
 """Per-row autograd: the slow definition of a step gradient, independent of capture.
 
 Each row runs alone. Whenever the body is called, its parameters are replaced by fresh aliases that
-belong to that step, so autograd's own gradient of the alias is φ_step. No torch function is
-intercepted and no rule is involved.
+belong to that step, so autograd's own gradient of the alias is φ_step. No rule is involved and, but
+for a full graph where the loop asks for one, no torch function is intercepted.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sdi.capture import Loss
+from sdi.fullgraph import full_graph
 from sdi.loop import Loop, StepCounter
 
 Aliases = dict[int, dict[str, Tensor]]
@@ -40,12 +41,14 @@ def step_gradients(
     wanted = {name: parameters[name] for name in names}
     with torch.compiler.set_stance("force_eager"), torch.enable_grad():
         with _aliased(loop, wanted) as (aliases, counter):
-            losses = loss(loop.model, row)
+            with full_graph(loop.full_graph):
+                losses = loss(loop.model, row)
             value = losses.sum()
             counter.drop_unused(losses)
         flat = [(s, n, a) for s, by_name in aliases.items() for n, a in by_name.items()]
         found = torch.autograd.grad(value, [a for _, _, a in flat], allow_unused=True)
-        total_loss = loss(loop.model, row).sum()
+        with full_graph(loop.full_graph):
+            total_loss = loss(loop.model, row).sum()
         totals = torch.autograd.grad(total_loss, list(wanted.values()), allow_unused=True)
     bins = counter.count + 2 * loop.outside
     steps: list[dict[str, Tensor]] = [

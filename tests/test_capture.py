@@ -219,6 +219,34 @@ def test_steps_without_gradient_keep_their_number() -> None:
     assert (part.norms[:, :2] == 0).all() and (part.norms[:, 2:] > 0).all()
 
 
+def test_full_graph_lets_truncated_loops_take_part() -> None:
+    """With full_graph the steps under no_grad have the gradients of the same model without it."""
+
+    class Truncated(LoopedModel):
+        free = 2
+
+        def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+            x = self.embed(input_ids)
+            with torch.no_grad():
+                for _ in range(self.free):
+                    x = self.body(x)
+            for _ in range(4 - self.free):
+                x = self.body(x)
+            return self.head(x)
+
+    torch.manual_seed(0)
+    model = Truncated(Block(16)).eval()
+    loop = sdi.Loop(model, "body", full_graph=True)
+    sketcher = sdi.Sketcher(loop, dim=64)
+    assert sdi.self_check(sketcher, tokens(), names(4), rows=3).worst < 1e-4
+    part = sketcher(tokens(), names(4))
+    model.free = 0
+    plain = sdi.Sketcher(sdi.Loop(model, "body"), dim=64)(tokens(), names(4))
+    torch.testing.assert_close(part.values, plain.values)
+    assert part.detached == ()
+    assert torch.is_grad_enabled() and loop.fingerprint() != sdi.Loop(model, "body").fingerprint()
+
+
 class _Square(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
