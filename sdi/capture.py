@@ -40,6 +40,7 @@ from sdi.loop import Loop, StepCounter, counting
 from sdi.recompute import Operands, in_replayed_region, reentrant, restored
 from sdi.rowflow import pass_on
 from sdi.rowtags import FIRST, is_tagged, leaves, tag, tag_of
+from sdi.rules.derived import part_of_weight
 from sdi.rules.elementwise import add_rule
 from sdi.rules.generic import generic_rule
 from sdi.rules.use import Use, Weight
@@ -51,7 +52,6 @@ Loss = Callable[[nn.Module, Any], Tensor]
 _HALVES = (torch.bfloat16, torch.float16)
 _LENDING = {"type_as", "to", "view_as", "reshape_as", "expand_as"}
 _GETTERS: Any = Tensor  # property objects, which the stubs declare as tensors
-_TRANSPOSES = {Tensor.t, torch.t, _GETTERS.T.__get__, _GETTERS.mT.__get__}
 _CONSTANTS = {Tensor.detach, torch.detach, _GETTERS.data.__get__}
 _IN_PLACE: dict[Any, Any] = {
     Tensor.__iadd__: Tensor.add,
@@ -192,17 +192,13 @@ class _CaptureMode(TorchFunctionMode):
         with torch.autograd.graph.saved_tensors_hooks(_same, _same):
             output = func(*args, **kwargs)  # kept out of checkpointing, to be pulled back at once
         parameters = {name: p for w in parents for name, p in w.parameters.items()}
-        for tensor in leaves(output):
+        for number, tensor in enumerate(leaves(output)):
             known = self._weights.get(id(tensor))
             if known is not None and known.name is not None:
                 continue  # a cast that changes nothing returns the parameter itself
             if tensor.requires_grad:
-                weight = Weight(tensor, None, False, parameters)
-                if func in _TRANSPOSES and parents[0].name and tensor.ndim == 2:
-                    weight = replace(
-                        weight, name=parents[0].name, transposed=not parents[0].transposed
-                    )
-                self._weights[id(tensor)] = weight
+                weight = part_of_weight(func, args, kwargs, parents[0], tensor, number)
+                self._weights[id(tensor)] = weight or Weight(tensor, None, False, parameters)
                 self._keep.append(tensor)  # an id is only as good as the tensor's life
         return output
 
@@ -267,11 +263,10 @@ class _CaptureMode(TorchFunctionMode):
 
         def receive(delta: Tensor) -> None:
             nonlocal operands
-            if not self.replaying:
+            if not self.replaying or self._unmade.pop(id(use), None) is None:
                 raise refusals.inner_gradient(use)
-            if self._unmade.pop(id(use), None) is not None:
-                self._serve(replace(use, delta=delta.detach().reshape(shape)), operands)
-                del operands  # the graph keeps this closure
+            self._serve(replace(use, delta=delta.detach().reshape(shape)), operands)
+            del operands  # the graph keeps this closure
 
         hooked.register_hook(receive)  # type: ignore[no-untyped-call]
 

@@ -57,11 +57,11 @@ def foreign_checkpointing(weights: Iterable[Weight]) -> CaptureError:
 
 
 def inner_gradient(use: Use) -> CaptureError:
-    """A gradient was taken while the model or the loss ran."""
+    """A gradient was taken while the model or the loss ran, or a second time."""
     return CaptureError(
-        f"{use.label}: differentiated during the forward pass (a gradient inside of the model or "
-        f"the loss), and a gradient of a gradient cannot be attributed. Leave that term out of the "
-        f"loss while sketching."
+        f"{use.label}: differentiated during the forward pass, or more than once (a gradient "
+        f"inside of the model, its backward pass or the loss), and a gradient of a gradient cannot "
+        f"be attributed. Leave that term out of the loss while sketching."
     )
 
 

@@ -202,7 +202,8 @@ def _joined(func: Any, args: Any, kwargs: Any, found: Found, carriers: Any, b: i
     stacked = getattr(func, "__name__", "") == "stack"
     out = found[0]
     dim %= out.ndim
-    first = next(t for t in tensors if any(t is c for c in carriers))
+    held = [t for t in tensors if any(t is c for c in carriers)]
+    first = max(held, key=Tensor.numel)  # an expert without tokens says nothing
     known = layout(_tag(first), first.shape, b)
     at = known.axis(first.shape) if known is not None else None
     if known is None or at is None:
@@ -212,6 +213,7 @@ def _joined(func: Any, args: Any, kwargs: Any, found: Found, carriers: Any, b: i
         return [_on_axis(known, out.shape, axis + (dim <= axis), inner)]
     if dim != axis:
         return [_on_axis(known, out.shape, axis, inner)]
+    tensors = [t for t in tensors if t.numel()]
     parts = [layout(_tag(t), t.shape, b) for t in tensors]
     owners = [p.places(t.shape) if p else None for p, t in zip(parts, tensors, strict=True)]
     whose = [o for o in owners if o is not None]

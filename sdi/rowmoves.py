@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -112,16 +113,14 @@ def _described(known: Rows, owners: Tensor, where: Tensor, below: int) -> Tag:
 
 
 def simplest(ids: Tensor, stride: int, known: Rows) -> Rows:
-    """Each place's row, equal parts or a repeated run of places taken together."""
-    count = known.count
-    inner, rest = divmod(len(ids), count)
-    if not rest and inner:
-        parts, runs = ids.view(count, inner), ids.view(inner, count)
-        if bool((parts == parts[:, :1]).all()):
-            ids, stride = parts[:, 0], stride * inner
-        elif bool((runs == runs[:1]).all()):
-            ids = runs[0]
-        plain = known.ids is None and len(ids) == count
-        if plain and bool((ids == torch.arange(count, device=ids.device)).all()):
-            return Rows(count, stride)
+    """Each place's row, equal neighbours and repeated runs of places taken together."""
+    ends = torch.nonzero(ids.diff(append=ids[-1:] + 1)).flatten() + 1
+    run = int(np.gcd.reduce(ends.diff(prepend=ends.new_zeros(1)).cpu().numpy()))
+    ids, stride = ids[::run], stride * run
+    cycle = ids[: known.count]
+    if len(ids) % len(cycle) == 0 and bool((ids.view(-1, len(cycle)) == cycle).all()):
+        ids = cycle
+    plain = known.ids is None and len(ids) == known.count
+    if plain and bool((ids == torch.arange(len(ids), device=ids.device)).all()):
+        return Rows(known.count, stride)
     return Rows(len(ids), stride, ids)

@@ -160,7 +160,9 @@ class _Comparison:
                 ours = [sink.gradients.get((name, s)) for s in range(len(self._part.steps))]
                 mine = [zero if g is None else g[at] for g in ours]
                 # Steps that the row has in its batch and not alone must be zero.
-                theirs = [s[name] for s in steps] + [zero] * (len(ours) - len(steps))
+                theirs = [s[name] for s in steps]
+                end = len(steps) - loop.outside  # before the coda
+                theirs[end:end] = [zero] * (len(ours) - len(steps))
                 self._judge(at, name, mine, theirs, total[name])
 
     def _judge(
@@ -215,17 +217,19 @@ class _Only:
     def __init__(self, sink: ExactSink, names: set[str]) -> None:
         self._sink, self._names = sink, names
 
-    def outer(self, name: str, step: int, left: Tensor, right: Tensor) -> None:
+    def outer(
+        self, name: str, step: int, left: Tensor, right: Tensor, part: int | None = None
+    ) -> None:
         """See `Sink.outer`."""
         if name in self._names:
-            self._sink.outer(name, step, left, right)
+            self._sink.outer(name, step, left, right, part)
 
     def rows(self, name: str, step: int, index: Tensor, right: Tensor) -> None:
         """See `Sink.rows`."""
         if name in self._names:
             self._sink.rows(name, step, index, right)
 
-    def dense(self, name: str, step: int, gradient: Tensor) -> None:
+    def dense(self, name: str, step: int, gradient: Tensor, part: int | None = None) -> None:
         """See `Sink.dense`."""
         if name in self._names:
-            self._sink.dense(name, step, gradient)
+            self._sink.dense(name, step, gradient, part)

@@ -13,20 +13,25 @@ import torch
 from torch import Tensor
 
 from sdi.sketch.countsketch import add_dense, add_rows
-from sdi.sketch.plan import Hashing, MatrixPlan, Plan
+from sdi.sketch.plan import Hashing, MatrixPlan, Plan, StackPlan
 from sdi.sketch.tensorsketch import Method, add_fourier, add_outer, choose
 
 
 class Sink(Protocol):
-    """Receives contributions to φ_step of the parameter `name`; B rows, n tokens a row."""
+    """Receives contributions to φ_step of the parameter `name`; B rows, n tokens a row.
 
-    def outer(self, name: str, step: int, left: Tensor, right: Tensor) -> None:
+    With `part` they are to one matrix of a stack, (E, R, C).
+    """
+
+    def outer(
+        self, name: str, step: int, left: Tensor, right: Tensor, part: int | None = None
+    ) -> None:
         """Σ_n left (B, n, R) ⊗ right (B, n, C)."""
 
     def rows(self, name: str, step: int, index: Tensor, right: Tensor) -> None:
         """Σ_n e_index (B, n) ⊗ right (B, n, C)."""
 
-    def dense(self, name: str, step: int, gradient: Tensor) -> None:
+    def dense(self, name: str, step: int, gradient: Tensor, part: int | None = None) -> None:
         """A dense gradient an example, (B, *shape)."""
 
 
@@ -44,6 +49,10 @@ class Plans:
         if at not in self._made:
             self._made[at] = self.hashing.plan(name, self._shapes[name], device)
         return self._made[at]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a parameter."""
+        return self._shapes[name]
 
     def matrix(self, name: str, device: torch.device) -> MatrixPlan:
         """The hashes of a parameter that is a matrix."""
@@ -71,10 +80,20 @@ class SketchSink:
         self._sums: dict[int, Tensor] = {}
         self._spectra: dict[int, Tensor] = {}
 
-    def outer(self, name: str, step: int, left: Tensor, right: Tensor) -> None:
+    def outer(
+        self, name: str, step: int, left: Tensor, right: Tensor, part: int | None = None
+    ) -> None:
         """See `Sink.outer`."""
         left, right = self._scaled(name, left.float()), right.float()
-        plan = self._plans.matrix(name, left.device)
+        plan = self._plans.get(name, left.device)
+        if isinstance(plan, StackPlan) and part is not None:
+            plan = plan.parts[part]
+        if not isinstance(plan, MatrixPlan):  # a stack of thin matrices
+            product = left.transpose(1, 2) @ right
+            if part is not None:
+                product = stacked(product, part, self._plans.shape(name))
+            add_dense(plan, product, self._sum(step, left.device))
+            return
         method = self._method
         if method == "auto":
             device = left.device.type
@@ -90,10 +109,14 @@ class SketchSink:
         plan = self._plans.matrix(name, right.device)
         add_rows(plan, index, right, self._sum(step, right.device))
 
-    def dense(self, name: str, step: int, gradient: Tensor) -> None:
+    def dense(self, name: str, step: int, gradient: Tensor, part: int | None = None) -> None:
         """See `Sink.dense`."""
         gradient = self._scaled(name, gradient.float())
         plan = self._plans.get(name, gradient.device)
+        if isinstance(plan, StackPlan) and part is not None:
+            plan = plan.parts[part]
+        elif part is not None:
+            gradient = stacked(gradient, part, self._plans.shape(name))
         add_dense(plan, gradient, self._sum(step, gradient.device))
 
     def result(self, steps: int, device: torch.device) -> Tensor:
@@ -134,10 +157,12 @@ class ExactSink:
         self._rows = rows
         self.gradients: dict[tuple[str, int], Tensor] = {}
 
-    def outer(self, name: str, step: int, left: Tensor, right: Tensor) -> None:
+    def outer(
+        self, name: str, step: int, left: Tensor, right: Tensor, part: int | None = None
+    ) -> None:
         """See `Sink.outer`."""
         left, right = self._picked(left), self._picked(right)
-        self._add(name, step, left.transpose(1, 2) @ right)
+        self._add(name, step, left.transpose(1, 2) @ right, part)
 
     def rows(self, name: str, step: int, index: Tensor, right: Tensor) -> None:
         """See `Sink.rows`."""
@@ -147,15 +172,28 @@ class ExactSink:
         spread = index[..., None].expand(right.shape)
         self._add(name, step, gradient.scatter_add_(1, spread, right))
 
-    def dense(self, name: str, step: int, gradient: Tensor) -> None:
+    def dense(self, name: str, step: int, gradient: Tensor, part: int | None = None) -> None:
         """See `Sink.dense`."""
-        self._add(name, step, self._picked(gradient))
+        self._add(name, step, self._picked(gradient), part)
 
     def _picked(self, tensor: Tensor) -> Tensor:
         tensor = tensor if self._rows is None else tensor[self._rows]
         return tensor if tensor.dtype == torch.float64 else tensor.float()
 
-    def _add(self, name: str, step: int, gradient: Tensor) -> None:
+    def _add(self, name: str, step: int, gradient: Tensor, part: int | None = None) -> None:
         at = (name, step)
         known = self.gradients.get(at)
+        if part is not None:
+            if known is None:
+                self.gradients[at] = stacked(gradient, part, self._shapes[name])
+            else:
+                known[:, part] += gradient
+            return
         self.gradients[at] = gradient.clone() if known is None else known + gradient
+
+
+def stacked(gradient: Tensor, part: int, shape: tuple[int, ...]) -> Tensor:
+    """(B, R, C) as the gradient of the whole stack, (B, E, R, C)."""
+    whole = gradient.new_zeros(gradient.shape[0], *shape)
+    whole[:, part] = gradient
+    return whole

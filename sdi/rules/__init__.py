@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from sdi.rules.elementwise import add_rule, multiply_rule
 from sdi.rules.embedding import embedding_rule
+from sdi.rules.experts import grouped_rule
 from sdi.rules.linear import addmm_rule, linear_rule, matmul_rule
 from sdi.rules.norm import layer_norm_rule, rms_norm_rule
 from sdi.rules.use import Use
@@ -43,6 +44,9 @@ RULES: dict[Any, Rule] = {
     _T.__add__: add_rule,
     _T.__radd__: add_rule,
 }
+for _owner, _name in ((F, "grouped_mm"), (torch, "_grouped_mm")):
+    if hasattr(_owner, _name):  # torch 2.8 and later
+        RULES[getattr(_owner, _name)] = grouped_rule
 
 
 def find(function: Any) -> Rule | None:

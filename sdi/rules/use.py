@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,21 +20,31 @@ class Weight:
 
     Attributes:
         tensor: the operand; on autograd's graph down to the parameters where it is derived.
-        name: canonical name where it is a parameter, else None.
-        transposed: whether it is the plain transpose of the 2-D parameter `name`.
+        name: canonical name where it is a parameter, or a matrix of a 3-D one, else None.
+        transposed: whether the last two axes are those of the parameter, swapped.
         parameters: name → parameter, all that it was computed from.
+        part: which matrix of the 3-D parameter it is, None where it is the whole parameter.
     """
 
     tensor: Tensor
     name: str | None
     transposed: bool
     parameters: dict[str, Tensor]
+    part: int | None = None
+
+    def turned(self, tensor: Tensor) -> Weight:
+        """The same with its last two axes swapped, `tensor`."""
+        return replace(self, tensor=tensor, transposed=not self.transposed)
+
+    def matrix(self, number: int, tensor: Tensor) -> Weight:
+        """One matrix of a stack, `tensor`."""
+        return replace(self, tensor=tensor, part=number)
 
     def emit(self, sink: Sink, step: int, gradient: Tensor) -> None:
         """Hand on per-example gradients of this operand, (B, *shape), pulled back where derived."""
         if self.name is not None:
-            gradient = gradient.transpose(1, 2) if self.transposed else gradient
-            sink.dense(self.name, step, gradient)
+            gradient = gradient.transpose(-1, -2) if self.transposed else gradient
+            sink.dense(self.name, step, gradient, self.part)
             return
         pulled = torch.autograd.grad(
             self.tensor,
@@ -54,9 +64,9 @@ class Weight:
             wide = torch.promote_types(left.dtype, right.dtype)  # they differ under autocast
             self.emit(sink, step, left.to(wide).transpose(1, 2) @ right.to(wide))
         elif self.transposed:
-            sink.outer(self.name, step, right, left)
+            sink.outer(self.name, step, right, left, self.part)
         else:
-            sink.outer(self.name, step, left, right)
+            sink.outer(self.name, step, left, right, self.part)
 
 
 @dataclass

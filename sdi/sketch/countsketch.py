@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sdi.sketch.plan import MatrixPlan, Plan
+from sdi.sketch.plan import MatrixPlan, Plan, StackPlan
 from sdi.sketch.tensorsketch import add_dense_columns
 
 
@@ -19,6 +19,9 @@ def add_dense(plan: Plan, gradient: Tensor, out: Tensor) -> None:
     if isinstance(plan, MatrixPlan):
         signed = gradient * plan.row_sign[:, None] * plan.column_sign
         add_dense_columns(plan, signed.transpose(1, 2), out)
+    elif isinstance(plan, StackPlan):
+        for number, part in enumerate(plan.parts):
+            add_dense(part, gradient[:, number], out)
     else:
         out.index_add_(1, plan.bucket, gradient.reshape(gradient.shape[0], -1) * plan.sign)
 

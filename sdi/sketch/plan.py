@@ -2,7 +2,9 @@
 
 A matrix (R, C) has TensorSketch hashes, bucket (h_out(i) + h_in(j)) mod M and sign
 s_out(i)·s_in(j) (Pham & Pagh 2013), with h_out contiguous and h_in drawn without replacement, so
-that up to max(R, C) = M no two entries of one row or one column collide. Any other shape has a
+that up to max(R, C) = M no two entries of one row or one column collide. A stack of matrices
+(E, R, C), such as the weights of experts, has such hashes for each of them; a stack whose matrices
+are thinner than `THIN` (a convolution's kernel) does not count as one. Any other shape has a
 CountSketch over its flattened entries (Charikar et al. 2002), without replacement as well.
 """
 
@@ -16,6 +18,8 @@ import torch
 from torch import Tensor
 
 from sdi import hashes
+
+THIN = 16
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,15 @@ class VectorPlan:
     sign: Tensor
 
 
-Plan = MatrixPlan | VectorPlan
+@dataclass(frozen=True)
+class StackPlan:
+    """The hashes of E matrices (R, C) of one parameter (E, R, C), M = `dim`."""
+
+    dim: int
+    parts: tuple[MatrixPlan, ...]
+
+
+Plan = MatrixPlan | StackPlan | VectorPlan
 
 
 @dataclass(frozen=True)
@@ -63,26 +75,37 @@ class Hashing:
 
     def plan(self, name: str, shape: tuple[int, ...], device: torch.device | str = "cpu") -> Plan:
         """The hashes of the parameter `name` of the given shape."""
+        if len(shape) == 2:
+            return self._matrix(name, shape, "", device)
+        if len(shape) == 3 and min(shape[1:]) >= THIN:
+            parts = (self._matrix(name, shape[1:], f"[{e}]", device) for e in range(shape[0]))
+            return StackPlan(self.dim, tuple(parts))
+        size = int(np.prod(shape, dtype=np.int64))
+        bucket = hashes.buckets_without_replacement(self._stream(name, "flat"), size, self.dim)
+        sign = hashes.signs(self._stream(name, "flat-sign"), size)
+        return VectorPlan(
+            self.dim, torch.from_numpy(bucket).to(device), torch.from_numpy(sign).to(device)
+        )
+
+    def _stream(self, name: str, role: str) -> int:
+        return hashes.key(self.seed, hashes.SKETCH_VERSION, self.checkpoint, name, role)
+
+    def _matrix(
+        self, name: str, shape: tuple[int, ...], part: str, device: torch.device | str
+    ) -> MatrixPlan:
+        """The hashes of a matrix; `part` says which of a stack it is."""
 
         def stream(role: str) -> int:
-            return hashes.key(self.seed, hashes.SKETCH_VERSION, self.checkpoint, name, role)
+            return self._stream(name, role + part)
 
         def on(array: np.ndarray[Any, Any]) -> Tensor:
             return torch.from_numpy(array).to(device)
 
-        without = hashes.buckets_without_replacement
-        if len(shape) == 2:
-            rows, columns = shape
-            return MatrixPlan(
-                self.dim,
-                on(hashes.contiguous_buckets(stream("out"), rows, self.dim)),
-                on(hashes.signs(stream("out-sign"), rows)),
-                on(without(stream("in"), columns, self.dim)),
-                on(hashes.signs(stream("in-sign"), columns)),
-            )
-        size = int(np.prod(shape, dtype=np.int64))
-        return VectorPlan(
+        rows, columns = shape
+        return MatrixPlan(
             self.dim,
-            on(without(stream("flat"), size, self.dim)),
-            on(hashes.signs(stream("flat-sign"), size)),
+            on(hashes.contiguous_buckets(stream("out"), rows, self.dim)),
+            on(hashes.signs(stream("out-sign"), rows)),
+            on(hashes.buckets_without_replacement(stream("in"), columns, self.dim)),
+            on(hashes.signs(stream("in-sign"), columns)),
         )
