@@ -260,15 +260,21 @@ class _CaptureMode(TorchFunctionMode):
         )  # fmt: skip
         self._unmade[id(use)] = use
         hooked, shape = origin(output), output.shape
+        place = hooked.output_nr
 
-        def receive(delta: Tensor) -> None:
+        def receive(deltas: tuple[Tensor | None, ...]) -> None:
             nonlocal operands
+            delta = deltas[place]
+            if delta is None:
+                return
             if not self.replaying or self._unmade.pop(id(use), None) is None:
                 raise refusals.inner_gradient(use)
             self._serve(replace(use, delta=delta.detach().reshape(shape)), operands)
             del operands  # the graph keeps this closure
 
-        hooked.register_hook(receive)  # type: ignore[no-untyped-call]
+        # On the node, not the tensor: there a user's own hooks have changed the gradient already.
+        assert hooked.grad_fn is not None
+        hooked.grad_fn.register_prehook(receive)
 
     def _serve(self, use: Use, operands: Operands) -> None:
         if use.delta.numel() == 0:
