@@ -36,7 +36,7 @@ from sdi import refusals, rules
 from sdi.aside import only_body_trains
 from sdi.batchrows import tagged
 from sdi.fullgraph import full_graph
-from sdi.loop import Loop, StepCounter, counting
+from sdi.loop import Loop
 from sdi.recompute import Operands, in_replayed_region, reentrant, restored
 from sdi.rowflow import pass_on
 from sdi.rowtags import FIRST, is_tagged, leaves, tag, tag_of
@@ -45,6 +45,7 @@ from sdi.rules.elementwise import add_rule
 from sdi.rules.generic import generic_rule
 from sdi.rules.use import Use, Weight
 from sdi.sinks import Sink
+from sdi.steps import StepCounter, counting
 from sdi.torchcalls import autocast_of, entered, is_composite, origin, reachable
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -382,13 +383,13 @@ class _CaptureMode(TorchFunctionMode):
 
     def labels(self) -> tuple[str, ...]:
         """See `Trace.labels`."""
-        steps = tuple(str(n + 1) for n in range(self.steps.count))
+        steps = self.steps.labels()
         return ("prelude", *steps, "coda") if self._loop.outside else steps
 
     def detached_steps(self) -> tuple[str, ...]:
         """Labels of the steps whose every use ran without a gradient."""
         blind = sorted(n for n in self._blind - self._used if n < self.steps.count)
-        return tuple(str(n + 1) for n in blind)
+        return tuple(self.steps.labels()[n] for n in blind)
 
 
 def _same(tensor: Tensor) -> Tensor:

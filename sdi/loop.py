@@ -1,29 +1,21 @@
-"""Which modules are the loop body, and which call of them is which step.
-
-Steps are calls of the body in the order of time. For one module a step is one call. For a list of
-modules looped in Python (the list itself is never called) a step is one pass and begins when the
-member that was called first is called again. In an untied model every member is a step of its own,
-with weights of its own.
-"""
+"""Which modules are the loop body."""
 
 from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sdi.errors import LoopError
-from sdi.rowtags import leaves
-from sdi.torchcalls import graph_nodes
 
-Body = str | nn.Module | Sequence[str | nn.Module]
+Part = str | nn.Module
+Body = Part | Sequence[Part] | Mapping[str, Part | Sequence[Part]]
 
 _WRAPPERS = ("module.", "_orig_mod.")
 
@@ -65,10 +57,13 @@ class Loop:
         self.tied = tied
         self.outside = outside
         self.full_graph = full_graph
-        listed = [body] if isinstance(body, str | nn.Module) else list(body)
-        self.members: tuple[nn.Module, ...] = tuple(
-            member for item in listed for member in _expand(_resolve(model, item))
-        )
+        named = [
+            (role, member)
+            for role, item in _roles(body)
+            for member in _expand(_resolve(model, item))
+        ]
+        self.members: tuple[nn.Module, ...] = tuple(member for _, member in named)
+        self.roles: tuple[str, ...] = tuple(role for role, _ in named)
         if not self.members:
             raise LoopError("the loop body is empty: expected at least one module that is called")
         paths = {id(module): canonical(name) for name, module in model.named_modules()}
@@ -126,10 +121,27 @@ class Loop:
     def fingerprint(self) -> str:
         """Hex digest of what the sketches assume of the model: names and shapes of the body."""
         asked = [name for name in ("outside", "full_graph") if getattr(self, name)]
+        asked += [role for role in self.roles if role]
         digest = hashlib.sha256(repr((self.names, self.tied, *asked)).encode())
         for name, parameter in sorted(self.all_parameters().items()):
             digest.update(repr((name, tuple(parameter.shape), parameter.requires_grad)).encode())
         return digest.hexdigest()
+
+
+def _roles(body: Body) -> list[tuple[str, Part]]:
+    """Each part of the body with its role, "" where there are none."""
+    if isinstance(body, Mapping):
+        listed = {role: [b] if isinstance(b, Part) else list(b) for role, b in body.items()}
+        return [(role, part) for role, parts in listed.items() for part in parts]
+    parts = [body] if isinstance(body, Part) else list(body)
+    split = [p.split("=", 1) if isinstance(p, str) and "=" in p else ["", p] for p in parts]
+    found = [(str(role), part) for role, part in split]
+    if len({bool(role) for role, _ in found}) > 1:
+        raise LoopError(
+            f"only some of the body has a role ({', '.join(str(p) for p in parts)}): give each "
+            f"level of the cycle one, such as low=model.L and high=model.H"
+        )
+    return found
 
 
 def _resolve(model: nn.Module, item: str | nn.Module) -> nn.Module:
@@ -165,96 +177,6 @@ def _matching(patterns: Iterable[str], known: Iterable[str]) -> frozenset[str]:
             raise LoopError(f"skip: no parameter of the body matches '{pattern}'{hint}")
         found |= set(hits)
     return frozenset(found)
-
-
-class StepCounter:
-    """Numbers the steps of one forward pass from the calls of the body's members.
-
-    Members that hold the very same parameters (a shared block wrapped by several layers) count as
-    one. `current` is the zero-based step while a member runs, else None.
-    """
-
-    def __init__(self, loop: Loop) -> None:
-        self._loop = loop
-        same = [frozenset(map(id, member.parameters())) or id(member) for member in loop.members]
-        self._index = {id(m): same.index(own) for m, own in zip(loop.members, same, strict=True)}
-        self._stack: list[int | None] = []
-        self._first: int | None = None
-        self._calls: list[tuple[int, list[Any]]] = []
-        self.current: int | None = None
-        self.count = 0
-
-    def called(self, output: Any) -> None:
-        """A call of the whole model ended with this output."""
-        if self.current is None and id(self._loop.model) not in self._index:
-            makers = [t.grad_fn for t in leaves(output) if t.grad_fn is not None]
-            self._calls.append((self.count, makers))
-
-    def drop_unused(self, losses: Tensor) -> None:
-        """Forget the steps of calls of the model after the last one that the losses depend on."""
-        if len(self._calls) < 2 or not self._loop.tied:
-            return
-        nodes = graph_nodes(losses)
-        live = [count for count, makers in self._calls if any(m in nodes for m in makers)]
-        if live:
-            self.count = live[-1]
-
-    def state(self) -> tuple[Any, ...]:
-        """What `restore` brings back: where a region that will run again begins."""
-        return list(self._stack), self._first, self.current, self.count
-
-    def restore(self, state: tuple[Any, ...]) -> None:
-        """Go back to (or on from) a noted state."""
-        stack, self._first, self.current, self.count = state
-        self._stack = list(stack)
-
-    def enter(self, module: nn.Module) -> None:
-        """A member begins: settle which step this call belongs to."""
-        self._stack.append(self.current)
-        if self.current is not None:
-            return
-        member = self._index[id(module)]
-        if not self._loop.tied:
-            self.current = member
-            self.count = max(self.count, member + 1)
-            return
-        if self._first is None:
-            self._first = member
-        if member == self._first:
-            self.count += 1
-        self.current = self.count - 1
-
-    def leave(self) -> None:
-        """A member ends."""
-        self.current = self._stack.pop()
-
-
-@contextmanager
-def counting(loop: Loop, steps: StepCounter, paused: Callable[[], bool]) -> Iterator[None]:
-    """Hooks that number the steps of a forward pass; while `paused` calls do not count."""
-
-    def enter(module: nn.Module, _args: Any) -> None:
-        if not paused():
-            steps.enter(module)
-
-    def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
-        if not paused():
-            steps.leave()
-
-    def ended(_module: nn.Module, _args: Any, output: Any) -> None:
-        if not paused():
-            steps.called(output)
-
-    handles: list[Any] = []
-    for member in loop.members:
-        handles.append(member.register_forward_pre_hook(enter, prepend=True))
-        handles.append(member.register_forward_hook(leave, always_call=True))
-    handles.append(loop.model.register_forward_hook(ended))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from sdi.capture import Loss
 from sdi.fullgraph import full_graph
-from sdi.loop import Loop, StepCounter
+from sdi.loop import Loop
+from sdi.steps import StepCounter
 
 Aliases = dict[int, dict[str, Tensor]]
 

@@ -247,6 +247,46 @@ def test_full_graph_lets_truncated_loops_take_part() -> None:
     assert torch.is_grad_enabled() and loop.fingerprint() != sdi.Loop(model, "body").fingerprint()
 
 
+class Cycles(LoopedModel):
+    """Two cycles of two low calls and a high one, the high level a list of layers."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__(nn.Identity())
+        self.low, self.high = Block(16), nn.ModuleList([Block(16), nn.Linear(16, 16)])
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        e = self.embed(input_ids)
+        low = high = torch.zeros_like(e)
+        for _ in range(2):
+            for _ in range(2):
+                low = self.low(low + high + e)
+            for layer in self.high:
+                high = layer(high + low)
+        return self.head(high)
+
+
+@pytest.mark.parametrize(
+    "body", [{"low": "low", "high": "high"}, ("low=low", "high=high")], ids=["mapping", "names"]
+)
+def test_nested_cycles_label_each_step(body: Any) -> None:
+    """With a role for each level every call is a step, labelled by cycle and role."""
+    model = Cycles()
+    _checked(model, body)
+    exact = sdi.ExactGradients(sdi.Loop(model, body))(tokens(), names(4))
+    cycle = ("low.1", "low.2", "high.1")
+    assert exact.steps == tuple(f"{n}.{label}" for n in (1, 2) for label in cycle)
+    for name, at in exact.names.items():
+        used = [label for s, label in enumerate(exact.steps) if exact.values[:, s, at].any()]
+        assert all((".low." in label) == name.startswith("low") for label in used) and used
+
+
+def test_roles_are_for_all_or_none() -> None:
+    """A body of which only a part has a role is refused."""
+    with pytest.raises(LoopError, match=r"only some of the body has a role.*low=model\.L"):
+        sdi.Loop(Cycles(), ["low=low", "high"])
+
+
 class _Square(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
