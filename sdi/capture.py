@@ -106,6 +106,7 @@ def capture(
     """
     mode = _CaptureMode(loop, sink, size)
     with ExitStack() as stack:
+        stack.callback(mode.release)
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(only_body_trains(loop))
         stack.enter_context(counting(loop, mode.steps, lambda: mode.replaying))
@@ -123,7 +124,6 @@ def capture(
         with mode:  # entered: as a torch call of its own, backward would hide all recomputation
             entered(torch.autograd.backward)(total)
         mode.refuse_after_backward()
-        mode.release()
     return Trace(losses.detach(), mode.labels(), mode.detached_steps(), mode.served, mode.narrow)
 
 
@@ -376,10 +376,14 @@ class _CaptureMode(TorchFunctionMode):
             raise refusals.used_unseen(unseen)
 
     def release(self) -> None:
-        """Drop what is held, uses that the loss does not depend on among it."""
+        """Drop what is held, uses that the loss does not depend on among it.
+
+        The graph's hooks hold this mode: were it to hold the graph, neither would ever be freed.
+        """
         self._unmade.clear()
         self._weights.clear()
         self._keep.clear()
+        self.steps.forget_calls()
 
     def labels(self) -> tuple[str, ...]:
         """See `Trace.labels`."""

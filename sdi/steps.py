@@ -47,12 +47,17 @@ class StepCounter:
 
     def drop_unused(self, losses: Tensor) -> None:
         """Forget the steps of calls of the model after the last one that the losses depend on."""
-        if len(self._calls) < 2 or not self._loop.tied:
+        calls, self._calls = self._calls, []  # a hook that holds the graph would never be freed
+        if len(calls) < 2 or not self._loop.tied:
             return
         nodes = graph_nodes(losses)
-        live = [count for count, makers in self._calls if any(m in nodes for m in makers)]
+        live = [count for count, makers in calls if any(m in nodes for m in makers)]
         if live:
             self.count = live[-1]
+
+    def forget_calls(self) -> None:
+        """Let go of the graph."""
+        self._calls.clear()
 
     def state(self) -> tuple[Any, ...]:
         """What `restore` brings back: where a region that will run again begins."""

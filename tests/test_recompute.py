@@ -150,6 +150,36 @@ def test_checkpointing_saves_memory_while_sketching() -> None:
     assert peaks["reentrant"] < 0.6 * peaks["plain"], peaks
 
 
+GROWTH = """
+import sys, torch, sdi
+from tests.benchmarks.memory import anonymous
+from tests.looped import LoopedModel, names, tokens
+from tests.test_recompute import Wide
+class Twice(LoopedModel):
+    def forward(self, input_ids):
+        super().forward(input_ids)  # its loss is not used
+        return super().forward(input_ids)
+model = Twice(Wide(sys.argv[1]), 32, steps=6)
+sketcher = sdi.Sketcher(sdi.Loop(model, "body"), dim=256, method="outer")
+for number in range(24):
+    if number == 8:
+        before = anonymous()
+    sketcher(tokens(8, 64), names(8))
+print(anonymous() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("mode", ["plain", "again", "reentrant"])
+def test_memory_does_not_grow_from_batch_to_batch(mode: str) -> None:
+    """Nothing of a pass outlives it: sixteen more batches take less than one's activations."""
+    root = Path(__file__).parent.parent
+    command = [sys.executable, "-c", GROWTH, mode]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 8 * 64 * 2048 * 4 * 6 // 1024
+
+
 class Tied(LoopedModel):
     """The head is the embedding, by a product in the model; a norm between the steps."""
 
