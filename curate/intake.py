@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -80,6 +81,8 @@ class Repeats:
         self._places = 1 << max(4, (2 * most).bit_length())  # at most half of them taken
         with tempfile.TemporaryFile() as file:
             file.truncate(12 * self._places)
+            if hasattr(os, "posix_fallocate"):  # a full disk says so here, not when it is touched
+                os.posix_fallocate(file.fileno(), 0, 12 * self._places)
             mapped = mmap.mmap(file.fileno(), 0)
         self._keys = np.frombuffer(mapped, np.uint64, self._places)
         self._counts = np.frombuffer(mapped, np.uint32, self._places, 8 * self._places)

@@ -68,6 +68,7 @@ def sketch(job: Job) -> None:
             recipe.loop.tied,
             recipe.loop.skip or (),
             bool(recipe.loop.full_graph),
+            bool(recipe.loop.seeded_rows),
         ),
         found_checkpoints(job),
         {name: examples for name, examples in sets.items() if examples.role != "eval"},

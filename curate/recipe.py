@@ -85,7 +85,8 @@ class LoopSection(Strict):
     """The body: a dotted module name or several; `tied` is false for an ordinary transformer.
 
     `skip` names parameters of the body (globs too) that are left out on request. `full_graph` lets
-    loops that the model runs under no_grad take part.
+    loops that the model runs under no_grad take part; `seeded_rows` makes what the model draws at
+    random a function of the row.
     """
 
     body: Annotated[tuple[str, ...], BeforeValidator(_listed)]
@@ -93,6 +94,7 @@ class LoopSection(Strict):
     # None, so that recipes without it keep their hash
     skip: Annotated[tuple[str, ...] | None, BeforeValidator(_listed)] = None
     full_graph: bool | None = None
+    seeded_rows: bool | None = None
 
 
 class CheckpointSection(Strict):

@@ -35,7 +35,7 @@ from curate.scoresettings import ScoreSettings, chosen_weights, data_digest, gro
 from curate.scratch import TABLE_ROWS, Progress, Raw, Scratch
 from curate.windows import Windows
 
-VERSION = 1
+VERSION = 2
 """Part of every digest: raise it where the same settings give other numbers."""
 VECTOR_BYTES = 96 << 20
 KEPT_INVERSES = 4

@@ -2,10 +2,9 @@
 
 The unit of work is a shard: a contiguous range of rows at one checkpoint. Its rows are batched by
 length, sketched, quantised into a buffer, written, and then listed in the manifest, all kinds in
-one step. Nothing else is kept between shards, so memory does not grow with the rows, and a process
+one step. Nothing else is kept between shards: memory does not grow with the rows, and a process
 that is killed loses the shard it was at. What the batches are depends on the manifest only
-(`curate.shardplan`); the budget of padded tokens is therefore recorded with the first shard and
-stays, whatever a later call asks for.
+(`curate.shardplan`): the budget of padded tokens is recorded with the first shard and stays.
 """
 
 from __future__ import annotations
@@ -78,6 +77,7 @@ class LoopOptions:
     tied: bool = True
     skip: tuple[str, ...] = ()
     full_graph: bool = False
+    seeded_rows: bool = False
 
 
 class SketcherLike(Protocol):

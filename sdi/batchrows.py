@@ -4,12 +4,16 @@ Three layouts are known. *First*: the first axis is B (or, where no tensor's is,
 a flattened batch). *Second*: no tensor's first axis is B, and the second axis of every tensor that
 has two is. *Packed*: the batch has `cu_seqlens` (B + 1,), and tensors (N, ...) or (1, N, ...) hold
 the tokens of all rows one after the other, N = cu_seqlens[-1].
+
+Sizes coincide: positions (T,) look like rows where T = B. So what a tensor was taken for in the
+first batch, which the self-check holds against autograd, it is taken for in all that follow and
+allow it; `known` remembers, by the tensor's place in the batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,34 +22,36 @@ from sdi.rowtags import FIRST, Rows, Tag, leaves, settled, tag
 
 ENDS = ("cu_seqlens", "cu_seq_lens", "cu_seq_lens_q", "cu_seq_lens_k")
 LONGEST = ("max_seqlen", "max_length_q", "max_length_k")
+Kind = Literal["first", "second", "flat", "none"]
+Known = dict[str, Kind]
 
 
-def tagged(batch: Any, size: int) -> Any:
-    """Aliases of the batch's tensors, tagged where they carry rows.
+def tagged(batch: Any, size: int, known: Known) -> Any:
+    """Aliases of the batch's tensors, tagged where they carry rows; `known` is added to.
 
     Beside rows-first tensors one whose first axis B only divides is no row's own: positions (T,),
     say, with T = 2B.
     """
     ends = _ends(batch)
     if ends is not None:
-        return _mapped(batch, lambda t: _tag_packed(t, ends, size))
-    axis = _axis(batch, size)
-    return _mapped(batch, lambda t: _tag_padded(t, size, axis))
+        return _mapped(batch, lambda _, t: _tag_packed(t, ends, size))
+    kinds = _kinds(batch, size, known)
+    if size > 1:
+        known.update(kinds)
+    return _mapped(batch, lambda path, t: _tag_padded(t, size, kinds[path]))
 
 
-def row_alone(batch: Any, row: int, size: int) -> Any:
+def row_alone(batch: Any, row: int, size: int, known: Known) -> Any:
     """Row `row` of a batch as a batch of one; tensors without a row axis stay as they are."""
     ends = _ends(batch)
     if ends is not None:
-        first, last = int(ends[row]), int(ends[row + 1])
-        alone = _mapped(batch, lambda t: _cut_packed(t, first, last, int(ends[-1])))
-        of_row = {key: ends.new_tensor([0, last - first]) for key in ENDS if key in alone}
-        longest = {key: last - first for key in LONGEST if key in alone}
+        alone = _mapped(batch, lambda _, t: _cut_packed(t, row, size, ends))
+        length = int(ends[row + 1] - ends[row])
+        of_row = {key: ends.new_tensor([0, length]) for key in ENDS if key in alone}
+        longest = {key: length for key in LONGEST if key in alone}
         return type(alone)({**alone, **of_row, **longest})
-    if _axis(batch, size) == 1:
-        return _mapped(batch, lambda t: t[:, row : row + 1] if t.ndim > 1 else t)
-    flat = _axis(batch, size) is None
-    return _mapped(batch, lambda t: _cut_padded(t, row, size, flat))
+    kinds = _kinds(batch, size, known)
+    return _mapped(batch, lambda path, t: _cut_padded(t, row, size, kinds[path]))
 
 
 def _ends(batch: Any) -> Tensor | None:
@@ -55,13 +61,36 @@ def _ends(batch: Any) -> Tensor | None:
     return found[0] if found else None
 
 
-def _axis(batch: Any, size: int) -> int | None:
-    """0 or 1, the axis of the rows; None for a flattened batch."""
+def _kinds(batch: Any, size: int, known: Known) -> Known:
+    """What each tensor of a batch that is not packed is, by its place."""
     shapes = [t.shape for t in leaves(batch) if t.ndim]
-    if any(shape[0] == size for shape in shapes):
-        return 0
+    first = any(shape[0] == size for shape in shapes)
     wide = [shape for shape in shapes if len(shape) > 1]
-    return 1 if wide and all(shape[1] == size for shape in wide) else None
+    second = not first and bool(wide) and all(shape[1] == size for shape in wide)
+    found: Known = {}
+
+    def settle(path: str, tensor: Tensor) -> Tensor:
+        fitting = [kind for kind in ("first", "second", "flat") if _fits(kind, tensor, size)]
+        before = known.get(path)
+        if before is not None and (before == "none" or before in fitting):
+            found[path] = before
+        elif first or second:
+            wanted: Kind = "first" if first else "second"
+            found[path] = wanted if wanted in fitting else "none"
+        else:
+            found[path] = "flat" if "flat" in fitting else "none"
+        return tensor
+
+    _mapped(batch, settle)
+    return found
+
+
+def _fits(kind: str, tensor: Tensor, size: int) -> bool:
+    if kind == "second":
+        return tensor.ndim > 1 and tensor.shape[1] == size
+    if not tensor.ndim:
+        return False
+    return len(tensor) == size if kind == "first" else len(tensor) % size == 0
 
 
 def _tag_packed(tensor: Tensor, ends: Tensor, size: int) -> Tensor:
@@ -70,7 +99,8 @@ def _tag_packed(tensor: Tensor, ends: Tensor, size: int) -> Tensor:
     if tensor is ends or not tensor.ndim:
         return alias
     if tensor.shape[lead] == tokens:
-        ids = torch.repeat_interleave(torch.arange(size), ends.diff().long().cpu())
+        owners = torch.arange(size, device="cpu")
+        ids = torch.repeat_interleave(owners, ends.diff().long().cpu())
         rows: Tag = Rows(tokens, tensor.numel() // tokens, ids.to(tensor.device))
         tag(alias, rows if size > 1 else FIRST)
     elif tensor.shape[0] == size:
@@ -78,42 +108,43 @@ def _tag_packed(tensor: Tensor, ends: Tensor, size: int) -> Tensor:
     return alias
 
 
-def _tag_padded(tensor: Tensor, size: int, axis: int | None) -> Tensor:
-    alias, rows = tensor.detach(), None
-    if axis == 1 and tensor.ndim > 1:
-        known: Tag = Rows(size, tensor.numel() // (tensor.shape[0] * size))
-        rows = settled(known, tensor.shape, size)
-    elif axis != 1 and tensor.ndim:
-        whole = tensor.shape[0] == size or (axis is None and tensor.shape[0] % size == 0)
-        rows = FIRST if whole else None
-    if rows is not None:
-        tag(alias, rows)
+def _tag_padded(tensor: Tensor, size: int, kind: Kind) -> Tensor:
+    alias = tensor.detach()
+    if kind == "second":
+        rows: Tag = Rows(size, tensor.numel() // (tensor.shape[0] * size))
+        tag(alias, settled(rows, tensor.shape, size))
+    elif kind != "none":
+        tag(alias)
     return alias
 
 
-def _cut_padded(tensor: Tensor, row: int, size: int, flat: bool) -> Tensor:
-    if not tensor.ndim or not (len(tensor) == size or (flat and len(tensor) % size == 0)):
+def _cut_padded(tensor: Tensor, row: int, size: int, kind: Kind) -> Tensor:
+    if kind == "none":
         return tensor
+    if kind == "second":
+        return tensor[:, row : row + 1]
     each = len(tensor) // size
     return tensor[row * each : (row + 1) * each]
 
 
-def _cut_packed(tensor: Tensor, first: int, last: int, tokens: int) -> Tensor:
+def _cut_packed(tensor: Tensor, row: int, size: int, ends: Tensor) -> Tensor:
     lead = int(tensor.ndim > 1 and tensor.shape[0] == 1)
-    if not tensor.ndim or tensor.shape[lead] != tokens:
+    if tensor is ends or not tensor.ndim:
         return tensor
-    return tensor[:, first:last] if lead else tensor[first:last]
+    first, last = int(ends[row]), int(ends[row + 1])
+    if tensor.shape[lead] == int(ends[-1]):
+        return tensor[:, first:last] if lead else tensor[first:last]
+    return tensor[row : row + 1] if len(tensor) == size else tensor
 
 
-def _mapped(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
+def _mapped(batch: Any, change: Callable[[str, Tensor], Tensor], path: str = "") -> Any:
     """The batch with every tensor changed, in mappings, lists, tuples and named tuples."""
     if isinstance(batch, Tensor):
-        return change(batch)
+        return change(path, batch)
     if isinstance(batch, Mapping):
-        named = {key: _mapped(value, change) for key, value in batch.items()}
+        named = {key: _mapped(value, change, f"{path}/{key}") for key, value in batch.items()}
         return named if isinstance(batch, dict) else type(batch)(named)  # type: ignore[call-arg]
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_mapped(value, change) for value in batch))
     if isinstance(batch, list | tuple):
-        return type(batch)(_mapped(value, change) for value in batch)
+        items = [_mapped(value, change, f"{path}/{n}") for n, value in enumerate(batch)]
+        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
     return batch

@@ -23,7 +23,7 @@ Python (`multi_head_attention_forward`) are entered. Compiled models run eagerly
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -39,28 +39,27 @@ from sdi.fullgraph import full_graph
 from sdi.loop import Loop
 from sdi.recompute import Operands, in_replayed_region, reentrant, restored
 from sdi.rowflow import pass_on
-from sdi.rowtags import FIRST, is_tagged, leaves, tag, tag_of
+from sdi.rowrandom import seeded_rows
+from sdi.rowtags import FIRST, is_tagged, leaves, tag, tag_of, untag
 from sdi.rules.derived import part_of_weight
 from sdi.rules.elementwise import add_rule
 from sdi.rules.generic import generic_rule
-from sdi.rules.use import Use, Weight
+from sdi.rules.use import HALVES, Use, Weight
 from sdi.sinks import Sink
 from sdi.steps import StepCounter, counting
-from sdi.torchcalls import autocast_of, entered, is_composite, origin, reachable
+from sdi.torchcalls import (
+    CONSTANTS,
+    IN_PLACE,
+    LENDING,
+    autocast_of,
+    entered,
+    is_composite,
+    origin,
+    reachable,
+    unchanged,
+)
 
 Loss = Callable[[nn.Module, Any], Tensor]
-
-_HALVES = (torch.bfloat16, torch.float16)
-_LENDING = {"type_as", "to", "view_as", "reshape_as", "expand_as"}
-_GETTERS: Any = Tensor  # property objects, which the stubs declare as tensors
-_CONSTANTS = {Tensor.detach, torch.detach, _GETTERS.data.__get__}
-_IN_PLACE: dict[Any, Any] = {
-    Tensor.__iadd__: Tensor.add,
-    Tensor.__imul__: Tensor.mul,
-    Tensor.__isub__: Tensor.sub,
-}
-_IN_PLACE |= {Tensor.__itruediv__: Tensor.div, Tensor.add_: Tensor.add, Tensor.mul_: Tensor.mul}
-_IN_PLACE |= {Tensor.sub_: Tensor.sub, Tensor.div_: Tensor.div}
 
 
 @dataclass
@@ -88,7 +87,12 @@ class Trace:
 
 
 def capture(
-    loop: Loop, batch: Any, loss: Loss, sink: Sink, size: int, check: Callable[[Tensor], Any]
+    loop: Loop,
+    batch: Any,
+    loss: Loss,
+    sink: Sink,
+    ids: Sequence[str],
+    check: Callable[[Tensor], Any],
 ) -> Trace:
     """Run the loss forward and backward and hand every use of the body to the sink.
 
@@ -97,14 +101,14 @@ def capture(
         batch: what the loss takes; tensors inside are aliased, never changed.
         loss: (model, batch) → (B,).
         sink: receives the per-example contributions.
-        size: B.
+        ids: of the B rows.
         check: refuses losses that are no (B,) of finite numbers.
 
     Raises:
         CaptureError: what cannot be attributed, by parameter name.
         LoopError: if the body is never called.
     """
-    mode = _CaptureMode(loop, sink, size)
+    mode = _CaptureMode(loop, sink, len(ids))
     with ExitStack() as stack:
         stack.callback(mode.release)
         stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -114,14 +118,17 @@ def capture(
         stack.enter_context(torch.enable_grad())
         # Regions are run again by the thread that has the mode, on a GPU too.
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
-        with full_graph(loop.full_graph), mode:
-            losses = loss(loop.model, tagged(batch, size))
+        with full_graph(loop.full_graph), seeded_rows(ids, loop.seeded_rows), mode:
+            losses = loss(loop.model, tagged(batch, len(ids), loop.layouts))
         check(losses)
         mode.refuse_after_forward(losses)
         mode.steps.drop_unused(losses)
         mode.replaying = True
         total = losses.sum()
-        with mode:  # entered: as a torch call of its own, backward would hide all recomputation
+        with (
+            full_graph(loop.full_graph),
+            mode,
+        ):  # entered: as a torch call of its own, backward would hide all recomputation
             entered(torch.autograd.backward)(total)
         mode.refuse_after_backward()
     return Trace(losses.detach(), mode.labels(), mode.detached_steps(), mode.served, mode.narrow)
@@ -158,7 +165,7 @@ class _CaptureMode(TorchFunctionMode):
         if not any(id(t) in self._weights for t in operands):
             output = func(*args, **kwargs)
             return self._passed(func, args, kwargs, output, carriers)
-        if func in _CONSTANTS or not torch.is_grad_enabled():
+        if func in CONSTANTS or not torch.is_grad_enabled():
             return self._blind_use(func, args, kwargs, carriers)
         if rules.find(func) is None and is_composite(func):
             with self:
@@ -170,7 +177,7 @@ class _CaptureMode(TorchFunctionMode):
     def _lends(self, func: Any, args: Any) -> bool:
         """Whether a weight only takes the shape or the type of what carries rows."""
         weight = bool(args) and id(args[0]) in self._weights
-        return weight and getattr(func, "__name__", "") in _LENDING
+        return weight and getattr(func, "__name__", "") in LENDING
 
     # -- the kinds of call ---------------------------------------------------------------------
 
@@ -190,7 +197,7 @@ class _CaptureMode(TorchFunctionMode):
     def _derive(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A function of parameters and constants alone: its result is a weight."""
         parents = [self._weights[id(t)] for t in leaves((args, kwargs)) if id(t) in self._weights]
-        with torch.autograd.graph.saved_tensors_hooks(_same, _same):
+        with torch.autograd.graph.saved_tensors_hooks(unchanged, unchanged):
             output = func(*args, **kwargs)  # kept out of checkpointing, to be pulled back at once
         parameters = {name: p for w in parents for name, p in w.parameters.items()}
         for number, tensor in enumerate(leaves(output)):
@@ -205,10 +212,10 @@ class _CaptureMode(TorchFunctionMode):
 
     def _use(self, func: Any, args: Any, kwargs: Any, carriers: list[Tensor]) -> Any:
         """A parameter meets activations: run with the weights detached, and hook the output."""
-        if func in _IN_PLACE:
+        if func in IN_PLACE:
             copy = tag(args[0].clone(), tag_of(args[0]) or FIRST)
             others = [t for t in carriers if t is not args[0]]
-            result = self._use(_IN_PLACE[func], (copy, *args[1:]), kwargs, [copy, *others])
+            result = self._use(IN_PLACE[func], (copy, *args[1:]), kwargs, [copy, *others])
             return tag(args[0].copy_(result), tag_of(result) or FIRST)
         self._refuse_writes(func, args, kwargs)
         weights: dict[tuple[str, Any], Weight] = {}
@@ -280,9 +287,9 @@ class _CaptureMode(TorchFunctionMode):
     def _serve(self, use: Use, operands: Operands) -> None:
         if use.delta.numel() == 0:
             return
-        self.narrow = self.narrow or use.autocast is not None or use.delta.dtype in _HALVES
+        self.narrow = self.narrow or use.autocast is not None or use.delta.dtype in HALVES
         rule = None if use.delta.is_complex() else rules.find(use.function)
-        use = replace(use, step=self._bin(use.step))
+        use = replace(use, step=self.steps.bin(use.step))
         served = False
         if rule is add_rule:  # a sum's gradient needs no operand, which may be gone
             served = self._applied(rule, use, operands.shapes())
@@ -299,15 +306,6 @@ class _CaptureMode(TorchFunctionMode):
     def _applied(self, rule: rules.Rule, use: Use, arguments: tuple[Any, Any]) -> bool:
         with torch.no_grad(), torch._C.DisableTorchFunction():
             return rule(replace(use, args=arguments[0], kwargs=arguments[1]))
-
-    def _bin(self, step: int) -> int:
-        """The index of a step among the bins; of what is outside, `step` is -1 - steps before."""
-        if not self._loop.outside:
-            return step
-        before = -1 - step
-        if step >= 0:
-            return step + 1
-        return before if before < self.steps.count else self.steps.count + 1
 
     def _refuse_writes(self, func: Any, args: Any, kwargs: Any) -> None:
         """An in-place operation that has no out-of-place twin here, or one with `out=`."""
@@ -332,6 +330,8 @@ class _CaptureMode(TorchFunctionMode):
     @contextmanager
     def unseen_gradients(self) -> Iterator[None]:
         """Around the first run of a reentrant region: that it has no gradients says nothing."""
+        if self._loop.full_graph:
+            raise refusals.full_graph_reentrant()
         self._hidden += 1
         try:
             yield
@@ -384,6 +384,8 @@ class _CaptureMode(TorchFunctionMode):
         self._weights.clear()
         self._keep.clear()
         self.steps.forget_calls()
+        for buffer in self._loop.model.buffers():  # changed in place: they outlive the pass
+            untag(buffer)
 
     def labels(self) -> tuple[str, ...]:
         """See `Trace.labels`."""
@@ -394,7 +396,3 @@ class _CaptureMode(TorchFunctionMode):
         """Labels of the steps whose every use ran without a gradient."""
         blind = sorted(n for n in self._blind - self._used if n < self.steps.count)
         return tuple(self.steps.labels()[n] for n in blind)
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor

@@ -64,7 +64,7 @@ def gradient_share(
     chosen = ids if rows is None else tuple(name for name in ids if name in set(rows))
     squares: dict[str, float] = {}
     for name in chosen:
-        row = row_alone(batch, ids.index(name), len(ids))
+        row = row_alone(batch, ids.index(name), len(ids), loop.layouts)
         for parameter, square in squared_norms(loop.model, row, loss).items():
             squares[parameter] = squares.get(parameter, 0.0) + square
     body = {name: squares.get(name, 0.0) for name in loop.all_parameters()}

@@ -221,6 +221,8 @@ def _leaf(directory: Path, name: str, entry: Any, stored: dict[Shape | None, _In
         raise _damaged(directory, f"{name} has no shape, dtype or chunks")
     parts = []
     for chunk in chunks:
+        if not isinstance(chunk, _Inert):
+            raise _damaged(directory, f"{name} has chunks of {type(chunk).__name__}")
         start, size = (_shape(chunk.get(key), directory) for key in ("offsets", "sizes"))
         info = stored.get(start)
         if start is None or size is None or info is None:
@@ -246,6 +248,9 @@ def _piece(directory: Path, name: str, info: _Inert, start: Shape = (), size: Sh
             f"{directory} is not whole: {file}, which holds {name}, is absent. Copy the files of "
             "every rank into one directory"
         )
+    path = directory / file
+    if path.is_file() and offset + length > path.stat().st_size:
+        raise _damaged(directory, f"{name} is said to reach beyond the end of {file}")
     return Piece(file, offset, length, start, size)
 
 

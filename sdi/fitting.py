@@ -192,12 +192,6 @@ def _converted(model: nn.Module, stored: Tensors) -> Tensors | None:
     return {n: v for n, v in state.items() if n in stored or not _matches(ignored, n)}
 
 
-def _wrapped(model: nn.Module) -> nn.Module | None:
-    """The model inside torch.compile's or data parallel's wrapper."""
-    part = getattr(model, "_orig_mod", getattr(model, "module", None))
-    return part if isinstance(part, nn.Module) else None
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep transformers' progress and load report off the terminal: what is wrong we say."""

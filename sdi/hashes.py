@@ -17,7 +17,7 @@ import hashlib
 import numpy as np
 from numpy.typing import NDArray
 
-SKETCH_VERSION = 1
+SKETCH_VERSION = 2  # 2: each matrix of a 3-D parameter has hashes of its own
 
 Words = NDArray[np.uint64]
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sdi.batchrows import Known
 from sdi.errors import LoopError
 
 Part = str | nn.Module
@@ -52,11 +53,14 @@ class Loop:
         skip: str | Sequence[str] = (),
         outside: bool = False,
         full_graph: bool = False,
+        seeded_rows: bool = False,
     ) -> None:
         self.model = model
         self.tied = tied
         self.outside = outside
         self.full_graph = full_graph
+        self.seeded_rows = seeded_rows
+        self.layouts: Known = {}  # what the tensors of the first batch were taken for
         named = [
             (role, member)
             for role, item in _roles(body)
@@ -120,7 +124,7 @@ class Loop:
 
     def fingerprint(self) -> str:
         """Hex digest of what the sketches assume of the model: names and shapes of the body."""
-        asked = [name for name in ("outside", "full_graph") if getattr(self, name)]
+        asked = [name for name in ("outside", "full_graph", "seeded_rows") if getattr(self, name)]
         asked += [role for role in self.roles if role]
         digest = hashlib.sha256(repr((self.names, self.tied, *asked)).encode())
         for name, parameter in sorted(self.all_parameters().items()):

@@ -17,13 +17,16 @@ from torch import Tensor, nn
 from sdi.capture import Loss
 from sdi.fullgraph import full_graph
 from sdi.loop import Loop
+from sdi.recompute import plain_regions
+from sdi.rowrandom import seeded_rows
 from sdi.steps import StepCounter
+from sdi.torchcalls import entered
 
 Aliases = dict[int, dict[str, Tensor]]
 
 
 def step_gradients(
-    loop: Loop, row: Any, loss: Loss, names: list[str]
+    loop: Loop, row: Any, loss: Loss, names: list[str], identity: str = ""
 ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
     """Step gradients and the total gradient of one row.
 
@@ -32,6 +35,7 @@ def step_gradients(
         row: a batch of one.
         loss: (model, batch) → (1,).
         names: the parameters wanted.
+        identity: the row's id, where the loop seeds its rows.
 
     Returns:
         A list with one dict (name → gradient) a step (before them that of the prelude and after
@@ -41,33 +45,43 @@ def step_gradients(
     parameters = loop.parameters()
     wanted = {name: parameters[name] for name in names}
     with torch.compiler.set_stance("force_eager"), torch.enable_grad():
-        with _aliased(loop, wanted) as (aliases, counter):
-            with full_graph(loop.full_graph):
+        with _as_asked(loop, identity):  # the backward pass too: regions run again in it
+            with _aliased(loop, wanted) as (aliases, counter):
                 losses = loss(loop.model, row)
-            value = losses.sum()
-            counter.drop_unused(losses)
-        flat = [(s, n, a) for s, by_name in aliases.items() for n, a in by_name.items()]
-        found = torch.autograd.grad(value, [a for _, _, a in flat], allow_unused=True)
-        with full_graph(loop.full_graph):
-            total_loss = loss(loop.model, row).sum()
-        totals = torch.autograd.grad(total_loss, list(wanted.values()), allow_unused=True)
+                counter.drop_unused(losses)
+            flat = [(s, n, a) for s, by_name in aliases.items() for n, a in by_name.items()]
+            found = _gradients(losses.sum(), [a for _, _, a in flat])
+        with _as_asked(loop, identity):
+            totals = _gradients(loss(loop.model, row).sum(), list(wanted.values()))
     bins = counter.count + 2 * loop.outside
     steps: list[dict[str, Tensor]] = [
         {n: torch.zeros_like(p) for n, p in wanted.items()} for _ in range(bins)
     ]
     for (step, name, _), gradient in zip(flat, found, strict=True):
-        if gradient is not None and step < bins:
-            place = _bin(step, counter.count) if loop.outside else step
+        if gradient is not None and counter.bin(step) < bins:
+            place = counter.bin(step)
             steps[place][name] = steps[place][name] + gradient
     zero = {n: torch.zeros_like(p) for n, p in wanted.items()}
     total = {n: zero[n] if g is None else g for n, g in zip(wanted, totals, strict=True)}
     return steps, total
 
 
-def _bin(step: int, count: int) -> int:
-    """Where a step's gradient goes between prelude and coda; -1 - n is what follows n steps."""
-    before = -1 - step
-    return step + 1 if step >= 0 else before if before < count else count + 1
+def _gradients(value: Tensor, inputs: list[Any]) -> tuple[Tensor | None, ...]:
+    found: tuple[Tensor | None, ...] = entered(torch.autograd.grad)(
+        value, inputs, allow_unused=True
+    )
+    return found
+
+
+@contextmanager
+def _as_asked(loop: Loop, identity: str) -> Iterator[None]:
+    """A forward pass on the graph, with what the loop asks for."""
+    with (
+        full_graph(loop.full_graph),
+        seeded_rows([identity], loop.seeded_rows),
+        plain_regions(),
+    ):
+        yield
 
 
 @contextmanager

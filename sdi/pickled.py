@@ -5,7 +5,6 @@ Everything goes through ``weights_only=True``; what needs more than that is refu
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,7 +13,6 @@ import torch
 from sdi.errors import CheckpointError
 
 PICKLED = (".pt", ".pth", ".bin", ".ckpt")
-_DAMAGED = (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError, KeyError)
 
 
 def read_pickled(path: Path) -> Any:
@@ -25,7 +23,7 @@ def read_pickled(path: Path) -> Any:
     """
     try:
         return _load(path)
-    except _DAMAGED as error:
+    except Exception as error:
         raise _refusal(str(path), error) from error
 
 
@@ -37,7 +35,7 @@ def read_stream(stream: IO[bytes], label: str) -> Any:
     """
     try:
         return torch.load(stream, map_location="cpu", weights_only=True)
-    except _DAMAGED as error:
+    except Exception as error:
         raise _refusal(label, error) from error
 
 

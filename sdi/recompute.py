@@ -11,6 +11,7 @@ what its second run needs: the step it began in, and where the rows lie in its i
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -136,12 +137,38 @@ def reentrant(first: Around, again: Callable[[], Around]) -> Iterator[None]:
 
     `again` is called where a region begins in the forward pass, to note the state there.
     """
-    original = torch.utils.checkpoint.CheckpointFunction
-    torch.utils.checkpoint.CheckpointFunction = _Regions(original, first, again)  # type: ignore
-    try:
+    with _patched(lambda original: _Regions(original, first, again)):
         yield
-    finally:
-        torch.utils.checkpoint.CheckpointFunction = original  # type: ignore[misc]
+
+
+@contextmanager
+def plain_regions() -> Iterator[None]:
+    """While active, reentrant regions run as they are, on the graph: for per-row autograd."""
+    with _patched(lambda _original: _Plain):
+        yield
+
+
+_ONE = threading.RLock()  # the function is torch's own, so one capture at a time
+
+
+@contextmanager
+def _patched(make: Callable[[Any], Any]) -> Iterator[None]:
+    with _ONE:
+        original = torch.utils.checkpoint.CheckpointFunction
+        torch.utils.checkpoint.CheckpointFunction = make(original)  # type: ignore[misc]
+        try:
+            yield
+        finally:
+            torch.utils.checkpoint.CheckpointFunction = original  # type: ignore[misc]
+
+
+class _Plain:
+    """A region that is not checkpointed."""
+
+    @staticmethod
+    def apply(function: Any, _preserve: bool, *args: Any) -> Any:
+        """As `CheckpointFunction.apply`."""
+        return function(*args)
 
 
 class _Regions:

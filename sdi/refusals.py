@@ -56,6 +56,14 @@ def foreign_checkpointing(weights: Iterable[Weight]) -> CaptureError:
     )
 
 
+def full_graph_reentrant() -> CaptureError:
+    """A full graph was asked for, and reentrant checkpointing runs without one."""
+    return CaptureError(
+        "reentrant checkpointing runs without gradients, which full_graph would undo: checkpoint "
+        "with use_reentrant=False, or switch gradient checkpointing off while sketching."
+    )
+
+
 def inner_gradient(use: Use) -> CaptureError:
     """A gradient was taken while the model or the loss ran, or a second time."""
     return CaptureError(

@@ -24,10 +24,16 @@ _RESHAPES = {
 }  # fmt: skip
 _REDUCTIONS = {
     "sum", "mean", "prod", "amax", "amin", "max", "min", "std", "var", "logsumexp", "norm",
-    "argmax", "argmin", "any", "all", "median", "nansum", "nanmean", "vector_norm", "count_nonzero",
+    "argmax", "argmin", "any", "all", "median", "nansum", "nanmean", "linalg_vector_norm",
+    "count_nonzero",
 }  # fmt: skip
 _MIXING = {"sort", "argsort", "topk", "cumsum", "cumprod", "logcumsumexp", "cummax", "cummin"}
-_SHAPELESS = {"nonzero", "unique", "unique_consecutive", "bincount", "histc"}
+_UNKNOWN = {
+    "nonzero", "unique", "unique_consecutive", "bincount", "histc", "take", "vstack", "row_stack",
+    "hstack", "dstack", "column_stack", "addbmm", "addmv", "kron", "block_diag", "transpose_", "t_",
+    "swapaxes_", "swapdims_", "_pack_padded_sequence",
+}  # fmt: skip
+_LENT = {"type_as", "to", "new_zeros", "new_ones", "new_full", "new_empty", "new_tensor"}
 _WRITES = {
     f"{name}{end}"
     for name in ("index_add", "index_copy", "index_put", "index_fill", "scatter", "scatter_add",
@@ -44,6 +50,8 @@ def pass_on(func: Any, args: Any, kwargs: Any, output: Any, carriers: list[Tenso
     handler = _HANDLERS.get(getattr(func, "__name__", ""))
     if func in MOVING_GETTERS:
         handler = _moved
+    if _lent(func, args, found, carriers):
+        return output
     if b == 1 or (handler is None and _plain(args, found, carriers)):
         return tag(output)
     owner = _only_owner(carriers)
@@ -57,6 +65,15 @@ def pass_on(func: Any, args: Any, kwargs: Any, output: Any, carriers: list[Tenso
         if known is not LOST or tensor.is_floating_point() or tensor.is_complex():
             tag(tensor, settled(known, tensor.shape, b))  # lost numbers are constants
     return output
+
+
+def _lent(func: Any, args: Any, found: Found, carriers: list[Tensor]) -> bool:
+    """Whether rows only lent their type or shape: `positions.to(x)`, `x.new_zeros(1, d)`."""
+    if getattr(func, "__name__", "") not in _LENT:
+        return False
+    source = args[0]
+    held = any(source is t for t in carriers)
+    return not held or (func.__name__.startswith("new_") and found[0].shape != source.shape)
 
 
 def _only_owner(carriers: list[Tensor]) -> Tag | None:
@@ -177,7 +194,7 @@ def _reduced(func: Any, args: Any, kwargs: Any, found: Found, carriers: Any, b: 
 
 
 def _second(func: Any, args: Any) -> Any:
-    at = 2 if getattr(func, "__name__", "") in ("norm", "vector_norm") else 1
+    at = 2 if getattr(func, "__name__", "") in ("norm", "linalg_vector_norm") else 1
     return args[at] if len(args) > at else None
 
 
@@ -202,7 +219,8 @@ def _joined(func: Any, args: Any, kwargs: Any, found: Found, carriers: Any, b: i
     stacked = getattr(func, "__name__", "") == "stack"
     out = found[0]
     dim %= out.ndim
-    held = [t for t in tensors if any(t is c for c in carriers)]
+    known_ids = {id(t) for t in carriers}
+    held = [t for t in tensors if id(t) in known_ids]
     first = max(held, key=Tensor.numel)  # an expert without tokens says nothing
     known = layout(_tag(first), first.shape, b)
     at = known.axis(first.shape) if known is not None else None
@@ -216,7 +234,7 @@ def _joined(func: Any, args: Any, kwargs: Any, found: Found, carriers: Any, b: i
     tensors = [t for t in tensors if t.numel()]
     parts = [layout(_tag(t), t.shape, b) for t in tensors]
     owners = [p.places(t.shape) if p else None for p, t in zip(parts, tensors, strict=True)]
-    whose = [o for o in owners if o is not None]
+    whose = [o.to(out.device) for o in owners if o is not None]
     if len(whose) < len(owners):
         return [LOST]
     return [simplest(torch.cat(whose), out.shape[dim + 1 :].numel(), Rows(b, 1))]
@@ -227,7 +245,7 @@ def _multiplied(
 ) -> list[Tag]:
     """A matrix product: batch axes from the end, rows of the left, columns of the right."""
     operands = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-    if getattr(func, "__name__", "") in ("addmm", "baddbmm", "addbmm", "addmv"):
+    if getattr(func, "__name__", "") in ("addmm", "baddbmm"):
         operands = operands[1:]
     if getattr(func, "__name__", "") == "__rmatmul__":
         operands.reverse()
@@ -256,11 +274,12 @@ def _einsum(_f: Any, args: Any, _k: Any, found: Found, carriers: Any, b: int) ->
     tensors = list(leaves(operands))
     if not isinstance(equation, str):
         return [LOST]
-    left, _, right = equation.replace(" ", "").partition("->")
+    left, arrow, right = equation.replace(" ", "").partition("->")
     terms = left.split(",")
-    if not right and "->" not in equation:
+    if not arrow:
         joined = "".join(terms)
         right = "".join(sorted(c for c in set(joined) if joined.count(c) == 1 and c.isalpha()))
+        right = "..." * ("..." in joined) + right
     for term, tensor in zip(terms, tensors, strict=True):
         if not any(tensor is t for t in carriers):
             continue
@@ -290,9 +309,46 @@ def _lost(_f: Any, _a: Any, _k: Any, found: Found, _c: Any, _b: int) -> list[Tag
     return [LOST for _ in found]
 
 
-def _written(_f: Any, args: Any, kwargs: Any, found: Found, _c: Any, _b: int) -> list[Tag]:
-    """Places of a tensor are overwritten or added to: its own layout stays."""
-    return [_tag(_source(args, kwargs)) for _ in found]
+def _written(func: Any, args: Any, kwargs: Any, found: Found, carriers: Any, b: int) -> list[Tag]:
+    """Places of a tensor are overwritten or added to: its own layout stays.
+
+    A new tensor has that of what is written into it, and its other places are nobody's.
+    """
+    target = _source(args, kwargs)
+    if tag_of(target) is not None:
+        return [_tag(target) for _ in found]
+    if all(_tag(t) is FIRST for t in carriers):
+        whole = target.ndim > 0 and target.shape[0] % b == 0
+    else:
+        whole = False
+    name = getattr(func, "__name__", "").removesuffix("_")
+    owners = _owners_written(name, args, target, b) if not kwargs else None
+    if owners is None:
+        return [FIRST if whole else LOST for _ in found]
+    inner, rest = divmod(len(target), b)
+    own = torch.arange(len(target), device=owners.device) // max(inner, 1)
+    if not rest and inner and bool(((owners == own) | (owners < 0)).all()):
+        return [FIRST for _ in found]
+    return [Rows(len(target), target.shape[1:].numel(), owners) for _ in found]
+
+
+def _owners_written(name: str, args: Any, target: Tensor, b: int) -> Tensor | None:
+    """(len(target),) the row that was written to each place of the first axis, -1 for none."""
+    if name in ("index_add", "index_copy") and len(args) > 3 and args[1] in (0, -target.ndim):
+        index, value = args[2], args[3]
+    elif name == "index_put" and len(args) > 2 and len(args[1]) == 1:
+        index, value = args[1][0], args[2]
+    else:
+        return None
+    index = index.nonzero().flatten() if index.dtype == torch.bool else index
+    known = layout(_tag(value), value.shape, b)
+    at = known.axis(value.shape) if known is not None and value.ndim else None
+    places = known.places(value.shape) if known is not None else None
+    if index.ndim != 1 or at is None or at[0] != 0 or places is None or not target.numel():
+        return None
+    owners = torch.full((len(target),), -1, dtype=torch.long, device=index.device)
+    owners[index] = places.to(index.device)
+    return owners
 
 
 def _linear(_f: Any, args: Any, kwargs: Any, found: Found, carriers: Any, b: int) -> list[Tag]:
@@ -318,7 +374,7 @@ _HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(_RESHAPES, _reshaped),
     **dict.fromkeys(_REDUCTIONS, _reduced),
     **dict.fromkeys(_MIXING, _mixed),
-    **dict.fromkeys(_SHAPELESS, _lost),
+    **dict.fromkeys(_UNKNOWN, _lost),
     **dict.fromkeys(("cat", "concat", "concatenate", "stack"), _joined),
     **dict.fromkeys(
         ("matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "mv", "addmm", "baddbmm"), _multiplied

@@ -19,7 +19,7 @@ from sdi.rowtags import FIRST, LOST, Rows, Tag, layout, leaves
 _GETTERS: Any = Tensor  # property objects, which the stubs declare as tensors
 MOVING_GETTERS = {getattr(_GETTERS, name).__get__ for name in ("T", "mT", "H", "mH")}
 MOVES = {
-    "t", "transpose", "transpose_", "swapaxes", "swapdims", "permute", "movedim", "moveaxis",
+    "t", "transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis",
     "adjoint", "rot90", "flip", "roll", "expand", "expand_as", "broadcast_to", "select", "narrow",
     "unbind", "chunk", "split", "tensor_split", "split_with_sizes", "unfold", "diagonal",
     "__getitem__", "index_select", "masked_select", "take_along_dim", "repeat", "tile",
@@ -45,7 +45,7 @@ def moved(
     named = {k: v for k, v in kwargs.items() if k not in ("input", "out")}
     name = getattr(func, "__name__", "")
     indexed = (name not in VIEWS and name != "__get__") or any(_is_index(v) for v in rest)
-    if not indexed and rows is FIRST and all(_leads_as(source, t) for t in found):
+    if not indexed and rows is FIRST and all(t._is_view() and _leads_as(source, t) for t in found):
         return [FIRST for _ in found]
     known = layout(rows, source.shape, b)
     at = known.axis(source.shape) if known is not None else None
@@ -69,7 +69,7 @@ def _is_index(value: Any) -> bool:
     """Whether a part of a call's arguments picks single elements, so that the result is a copy."""
     if isinstance(value, tuple):
         return any(_is_index(v) for v in value)
-    return isinstance(value, list | Tensor)
+    return isinstance(value, list | range | Tensor | np.ndarray)
 
 
 def _leads_as(source: Tensor, view: Tensor) -> bool:
@@ -83,7 +83,7 @@ def _axes_taken(index: Any, ndim: int) -> int:
     items = index if isinstance(index, tuple) else (index,)
     if any(item is Ellipsis for item in items):
         return ndim
-    masks = [i.ndim if isinstance(i, Tensor) and i.dtype == torch.bool else 1 for i in items]
+    masks = [i.ndim if getattr(i, "dtype", None) in (torch.bool, bool) else 1 for i in items]
     return sum(n for n, item in zip(masks, items, strict=True) if item is not None)
 
 

@@ -46,7 +46,7 @@ class Rows:
         if found is None:
             return None
         axis, inner = found
-        place = torch.arange(shape[axis]) // inner % self.count
+        place = torch.arange(shape[axis], device="cpu") // inner % self.count
         return place if self.ids is None else self.ids[place.to(self.ids.device)]
 
     def axis(self, shape: torch.Size) -> tuple[int, int] | None:
@@ -130,6 +130,11 @@ def tag(output: Any, rows: Tag = FIRST) -> Any:
     return output
 
 
+def untag(tensor: Tensor) -> None:
+    """Take the tag off a tensor that outlives the pass."""
+    vars(tensor).pop(_ROWS, None)
+
+
 def settled(rows: Tag, shape: torch.Size, batch: int) -> Tag:
     """FIRST where the layout is just that, so that the usual case stays the quick one."""
     if isinstance(rows, Rows) and rows.count == 1:  # all of it is one row's
@@ -138,7 +143,7 @@ def settled(rows: Tag, shape: torch.Size, batch: int) -> Tag:
         return rows
     if rows.stride * batch != shape.numel():
         return rows
-    plain = rows.ids is None or bool((rows.ids.cpu() == torch.arange(batch)).all())
+    plain = rows.ids is None or rows.ids.tolist() == list(range(batch))
     return FIRST if plain else rows
 
 
@@ -149,7 +154,7 @@ def layout(rows: Tag, shape: torch.Size, batch: int) -> Rows | None:
     if batch == 1 and rows is FIRST:
         return Rows(1, max(shape.numel(), 1))
     if rows is FIRST and shape and shape[0] and shape[0] % batch == 0:
-        return Rows(batch, shape.numel() // batch)
+        return Rows(batch, max(shape.numel() // batch, 1))
     return None
 
 

@@ -71,7 +71,7 @@ def self_check(
 
     Args:
         sketcher: the estimator that is about to be used.
-        batch: its first batch, B rows; tensors have the row axis first.
+        batch: its first batch, B rows, laid out as `sdi.batchrows` knows.
         ids: the B ids.
         rows: how many rows to compare, spread over the batch.
         seconds: stop after this long; at least one group is compared.
@@ -101,7 +101,7 @@ def self_check(
 
 
 def _refuse_single_step(sketcher: Sketcher, part: Part) -> None:
-    if len(part.steps) < 2:
+    if len(part.steps) - 2 * sketcher.loop.outside < 2:
         raise LoopError(
             f"the body {', '.join(sketcher.loop.names)} was called once: expected a loop of two "
             f"steps or more. Name the module that is called repeatedly (sdi.find_loops lists "
@@ -142,11 +142,13 @@ class _Comparison:
         sink = ExactSink({n: sketcher.shapes[n] for n in names}, rows)
         wanted = _Only(sink, set(names))
         ids = self._part.ids
-        trace = capture(loop, batch, loss, wanted, len(ids), lambda found: check_losses(found, ids))
+        trace = capture(loop, batch, loss, wanted, ids, lambda found: check_losses(found, ids))
         if trace.narrow:  # autocast
             self._tolerance = LOOSE
         for at, row in enumerate(rows):
-            steps, total = step_gradients(loop, row_alone(batch, row, len(ids)), loss, names)
+            steps, total = step_gradients(
+                loop, row_alone(batch, row, len(ids), loop.layouts), loss, names, ids[row]
+            )
             if len(steps) > len(self._part.steps):
                 raise SelfCheckError(
                     f"row {ids[row]} alone runs {len(steps)} steps, in its batch "
@@ -184,8 +186,8 @@ class _Comparison:
                     f"the step gradient of {name} at step {step + 1} differs from per-row autograd "
                     f"by {error:.2g} for row {self._part.ids[self._rows[at]]} (expected below "
                     f"{self._tolerance:g}). Causes: dropout left on (call model.eval()), rows that "
-                    f"influence each other (batch norm, a loss averaged over the batch), a batch "
-                    f"axis that is not first, or random states."
+                    f"influence each other (batch norm, a loss averaged over the batch), or random "
+                    f"numbers (seeded_rows of the loop makes them a function of the row)."
                 )
         floor = max(largest, SMALL * self._largest, 1e-12)
         gap = float((torch.stack(wide).sum(dim=0) - total.double()).norm()) / floor

@@ -19,6 +19,7 @@ from sdi.capture import Loss, capture
 from sdi.loop import Loop
 from sdi.losses import check_losses
 from sdi.oracle import step_gradients
+from sdi.selfcheck import SMALL
 from sdi.sinks import ExactSink, Sink
 
 
@@ -30,8 +31,8 @@ class StepNorms:
         name: canonical name.
         shape: of the parameter.
         norms: S numbers, the root mean square over the rows of ‖φ_s‖.
-        error: largest relative error of a step gradient against per-row autograd, over
-            max(‖step‖, 1e-6‖total‖); infinite where a row alone runs more steps than in its batch.
+        error: largest relative error of a step gradient against per-row autograd, as the
+            self-check measures it; infinite where a row alone runs more steps than in its batch.
     """
 
     name: str
@@ -73,8 +74,8 @@ def step_norms(
             progress(done, len(shapes))
         sink = ExactSink({name: shapes[name] for name in names})
         chosen = cast(Sink, _Chosen(sink, set(names)))
-        capture(loop, batch, loss, chosen, len(ids), lambda found: check_losses(found, ids))
-        errors = _errors(loop, batch, len(ids), loss, names, sink, steps)
+        capture(loop, batch, loss, chosen, ids, lambda found: check_losses(found, ids))
+        errors = _errors(loop, batch, ids, loss, names, sink, steps)
         for name in names:
             norms = tuple(_rms(sink.gradients.get((name, step))) for step in range(steps))
             yield StepNorms(name, shapes[name], norms, errors[name])
@@ -119,12 +120,20 @@ def _rms(gradient: Tensor | None) -> float:
 
 
 def _errors(
-    loop: Loop, batch: Any, size: int, loss: Loss, names: list[str], sink: ExactSink, steps: int
+    loop: Loop,
+    batch: Any,
+    ids: Sequence[str],
+    loss: Loss,
+    names: list[str],
+    sink: ExactSink,
+    steps: int,
 ) -> dict[str, float]:
     """Parameter name → largest relative error over rows and steps."""
     worst = dict.fromkeys(names, 0.0)
-    for row in range(size):
-        true, total = step_gradients(loop, row_alone(batch, row, size), loss, names)
+    for row, identity in enumerate(ids):
+        alone = row_alone(batch, row, len(ids), loop.layouts)
+        true, total = step_gradients(loop, alone, loss, names, identity)
+        floor = SMALL * max(float(t.double().norm()) for t in total.values())
         for name in names:
             zero = torch.zeros_like(total[name])
             if len(true) > steps:
@@ -132,17 +141,19 @@ def _errors(
                 continue
             captured = [sink.gradients.get((name, step)) for step in range(steps)]
             ours = [zero if g is None else g[row] for g in captured]
-            theirs = [step[name] for step in true] + [zero] * (steps - len(true))
-            worst[name] = max(worst[name], _error(ours, theirs, total[name]))
+            theirs = [step[name] for step in true]
+            end = len(theirs) - loop.outside  # before the coda
+            theirs[end:end] = [zero] * (steps - len(theirs))
+            worst[name] = max(worst[name], _error(ours, theirs, total[name], floor))
     return worst
 
 
-def _error(ours: list[Tensor], theirs: list[Tensor], total: Tensor) -> float:
-    """Over max(‖step‖, 1e-6‖total‖), ‖total‖ no smaller than the largest step."""
+def _error(ours: list[Tensor], theirs: list[Tensor], total: Tensor, floor: float) -> float:
+    """Over the largest of ‖step‖, 1e-6‖total‖ (no smaller than the largest step) and `floor`."""
     wide = [step.double() for step in theirs]
     largest = max(float(total.double().norm()), *(float(step.norm()) for step in wide))
     found = [
-        float((mine.double() - true).norm()) / max(float(true.norm()), 1e-6 * largest, 1e-12)
+        float((mine.double() - true).norm()) / max(float(true.norm()), 1e-6 * largest, floor, 1e-12)
         for mine, true in zip(ours, wide, strict=True)
     ]
     return float("inf") if any(e != e for e in found) else max(found)

@@ -61,12 +61,12 @@ class StepCounter:
 
     def state(self) -> tuple[Any, ...]:
         """What `restore` brings back: where a region that will run again begins."""
-        return list(self._stack), dict(self._first), self.current, self.count
+        return list(self._stack), dict(self._first), list(self._roles), self.current, self.count
 
     def restore(self, state: tuple[Any, ...]) -> None:
         """Go back to (or on from) a noted state."""
-        stack, first, self.current, self.count = state
-        self._stack, self._first = list(stack), dict(first)
+        stack, first, roles, self.current, self.count = state
+        self._stack, self._first, self._roles = list(stack), dict(first), list(roles)
 
     def enter(self, module: nn.Module) -> None:
         """A member begins: settle which step this call belongs to."""
@@ -89,6 +89,15 @@ class StepCounter:
     def leave(self) -> None:
         """A member ends."""
         self.current = self._stack.pop()
+
+    def bin(self, step: int) -> int:
+        """The index of a step among the bins; -1 - n stands for what is used after n steps."""
+        if not self._loop.outside:
+            return step
+        before = -1 - step
+        if step >= 0:
+            return step + 1
+        return before if before < self.count else self.count + 1
 
     def labels(self) -> tuple[str, ...]:
         """Of the steps: "1" … "τ", or "cycle.role" and the number within the cycle."""

@@ -9,6 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+LENDING = {"type_as", "to", "view_as", "reshape_as", "expand_as"}
+_GETTERS: Any = Tensor  # property objects, which the stubs declare as tensors
+CONSTANTS = {Tensor.detach, torch.detach, _GETTERS.data.__get__}
+IN_PLACE: dict[Any, Any] = {
+    Tensor.__iadd__: Tensor.add,
+    Tensor.__imul__: Tensor.mul,
+    Tensor.__isub__: Tensor.sub,
+}
+IN_PLACE |= {Tensor.__itruediv__: Tensor.div, Tensor.add_: Tensor.add, Tensor.mul_: Tensor.mul}
+IN_PLACE |= {Tensor.sub_: Tensor.sub, Tensor.div_: Tensor.div}
+
 
 def is_composite(func: Any) -> bool:
     """A function of torch.nn.functional that is written in Python."""
@@ -64,3 +75,8 @@ def origin(output: Tensor) -> Tensor:
     whole = base is not None and base.numel() == output.numel() and base.grad_fn is not None
     whole = whole and base is not None and base.is_contiguous() and output.is_contiguous()
     return base if whole and base is not None else output
+
+
+def unchanged(tensor: Tensor) -> Tensor:
+    """The tensor: a pair of these keeps what is saved out of checkpointing."""
+    return tensor

@@ -300,7 +300,7 @@ SPOILT = {
     "beyond": (_set(_entry, size=torch.Size([3, 3])), "does not fit into it"),
     "negative": (_set(_storage, offset=-1), "stored at bytes -1"),
     "short": (_set(_storage, length=7), "does not fit into it"),
-    "past the end": (_set(_storage, offset=10**9), "ends inside w"),
+    "past the end": (_set(_storage, offset=10**9), "reach beyond the end"),
     "overlap": (_twice, "two chunks of w overlap"),
     "compressed": (_set(_storage, transform_descriptors=["zstd"]), "written through"),
     "nowhere": (_set(lambda m: m, storage_data={}), "stored nowhere"),

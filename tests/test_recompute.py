@@ -78,6 +78,70 @@ def test_checkpointing_changes_nothing(where: str, reentrant: bool, free: int) -
     assert all(p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize("where", ["inside", "around", "nested"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_self_check_passes_under_checkpointing(where: str, reentrant: bool) -> None:
+    """Per-row autograd sees checkpointed regions too, so that a run starts."""
+    sketcher = sdi.Sketcher(sdi.Loop(Checkpointed(where, reentrant), "body"), dim=64)
+    assert sdi.self_check(sketcher, tokens(), names(4)).worst < 1e-4
+
+
+def test_roles_keep_their_steps_under_reentrant_checkpointing() -> None:
+    """A region that runs again leaves the labels of nested cycles as they are."""
+    torch.manual_seed(0)
+    model = Cycles(True)
+    loop = sdi.Loop(model, {"low": "low", "high": "high"})
+    sketcher = sdi.Sketcher(loop, dim=64)
+    assert sdi.self_check(sketcher, tokens(), names(4)).worst < 1e-4
+    assert sketcher(tokens(), names(4)).steps == ("1.low.1", "1.high.1", "2.low.1", "2.high.1")
+
+
+class Cycles(LoopedModel):
+    """Two cycles of a low and a high level, each call checkpointed."""
+
+    def __init__(self, reentrant: bool) -> None:
+        super().__init__(nn.Identity())
+        self.low, self.high, self.reentrant = Block(16), Block(16), reentrant
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        x = self.embed(input_ids)
+        for _ in range(2):
+            x = _again(self.low, x, self.reentrant)
+            x = _again(self.high, x, self.reentrant)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_full_graph_and_checkpointing(reentrant: bool) -> None:
+    """A full graph goes with non-reentrant regions, and is refused with reentrant ones."""
+
+    class Free(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Block(16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                x = self.inner(x)
+            return self.inner(x)
+
+    torch.manual_seed(0)
+
+    class Loops(LoopedModel):
+        def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+            x = self.embed(input_ids)
+            for _ in range(2):
+                x = _again(self.body, x, reentrant)
+            return self.head(x)
+
+    sketcher = sdi.Sketcher(sdi.Loop(Loops(Free()), "body", full_graph=True), dim=64)
+    if reentrant:
+        with pytest.raises(CaptureError, match="use_reentrant=False"):
+            sketcher(tokens(), names(4))
+    else:
+        assert sdi.self_check(sketcher, tokens(), names(4)).worst < 1e-4
+
+
 class _Square(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -327,3 +328,81 @@ def test_mixed_rows_are_refused() -> None:
     body = Run(lambda m, x: x + m.a(x.mean(0)), a=nn.Linear(16, 16))
     with pytest.raises(CaptureError, match=r"body\.a.*cannot be split.*rows were mixed"):
         sdi.Sketcher(sdi.Loop(make(body), "body"), dim=64)(tokens(), names(4))
+
+
+def test_a_layout_is_settled_by_the_first_batch() -> None:
+    """Where B equals T by chance in a later batch, tensors stay what they were taken for."""
+
+    class Placed(LoopedModel):
+        def forward(self, input_ids: Tensor, places: Tensor) -> Tensor:
+            x = self.embed(input_ids)
+            for _ in range(3):
+                x = self.body((x, places))
+            return self.head(x)
+
+    def batch(length: int) -> dict[str, Tensor]:
+        return {**tokens(4, length), "places": torch.arange(length)}
+
+    torch.manual_seed(0)
+    body = Run(lambda m, pair: torch.tanh(pair[0] + m.a(pair[1])), a=nn.Embedding(9, 16))
+    model = Placed(body).eval()
+    sketcher = sdi.Sketcher(sdi.Loop(model, "body"), dim=64)
+    sdi.self_check(sketcher, batch(7), names(4))
+    found = sketcher(batch(4), names(4))
+    alone = [
+        sketcher({k: v if k == "places" else v[i : i + 1] for k, v in batch(4).items()}, [f"r{i}"])
+        for i in range(4)
+    ]
+    torch.testing.assert_close(
+        found.values, torch.cat([one.values for one in alone]), rtol=1e-4, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("kind", ["numpy", "list", "torch"])
+def test_rows_in_another_order_are_followed(kind: str) -> None:
+    """Rows sorted inside of the body, by an index of any kind, keep their owners."""
+    order = {
+        "numpy": np.array([1, 0, 3, 2]),
+        "list": [1, 0, 3, 2],
+        "torch": torch.tensor([1, 0, 3, 2]),
+    }
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        if len(x) < 4:
+            return torch.tanh(m.a(x))
+        return torch.tanh(m.a(x[order[kind]]))[order[kind]]
+
+    sketcher = sdi.Sketcher(sdi.Loop(make(Run(run, a=nn.Linear(16, 16))), "body"), dim=64)
+    assert sdi.self_check(sketcher, tokens(4, 5), names(4), rows=4).worst < 1e-4
+
+
+def test_what_is_written_into_a_new_tensor_keeps_its_owners() -> None:
+    """Packed tokens written into new zeros in another order are still their rows'."""
+    order = torch.tensor([3, 0, 1, 2, 5, 4, 7, 6, 11, 10, 9, 8, 15, 14, 13, 12])
+
+    def run(m: Any, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, 16)
+        index = order if len(flat) == 16 else torch.arange(len(flat))
+        out = torch.zeros(len(flat), 16).index_add_(0, index, torch.tanh(m.a(flat[index])))
+        return x + m.b(out).view_as(x)
+
+    body = Run(run, a=nn.Linear(16, 16), b=nn.LayerNorm(16))
+    sketcher = sdi.Sketcher(sdi.Loop(make(body), "body"), dim=64)
+    assert sdi.self_check(sketcher, tokens(4, 4), names(4), rows=4).worst < 1e-4
+
+
+CONSTANT: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "positions of a type": lambda m, x: x + m.a(torch.arange(x.shape[1]).to(x.device).long()),
+    "table of a type": lambda m, x: x + m.a.weight[: x.shape[1]] * torch.ones(16).type_as(x),
+    "new zeros": lambda m, x: x + m.a(x.new_zeros(x.shape[1]).long()),
+    "empty slice": lambda m, x: x + m.a.weight[: x.shape[1]] + x[:, :0].sum(1, keepdim=True),
+}
+
+
+@pytest.mark.parametrize("kind", CONSTANT)
+@pytest.mark.parametrize("length", [7, 8])
+def test_constants_of_a_batch_are_no_rows(kind: str, length: int) -> None:
+    """What only has the type or the device of rows is a constant, also where B divides T."""
+    body = Run(lambda m, x: torch.tanh(CONSTANT[kind](m, x)), a=nn.Embedding(9, 16))
+    sketcher = sdi.Sketcher(sdi.Loop(make(body), "body"), dim=64)
+    assert sdi.self_check(sketcher, tokens(4, length), names(4)).worst < 1e-4

@@ -42,7 +42,7 @@ class ExactGradients:
         def check(losses: Tensor) -> None:
             check_losses(losses, ids)
 
-        trace = capture(self.loop, batch, self.loss, sink, len(ids), check)
+        trace = capture(self.loop, batch, self.loss, sink, ids, check)
         names, values = flatten(sink, shapes, len(ids), trace.steps)
         return Part(
             ids,

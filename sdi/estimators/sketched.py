@@ -109,7 +109,7 @@ class Sketcher:
         def check(losses: Tensor) -> None:
             check_losses(losses, ids)
 
-        trace = capture(self.loop, batch, self.loss, sink, len(ids), check)
+        trace = capture(self.loop, batch, self.loss, sink, ids, check)
         for name, kinds in trace.served.items():
             self.served.setdefault(name, set()).update(kinds)
         device = next(self.loop.model.parameters()).device
