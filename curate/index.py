@@ -9,7 +9,8 @@ vectors are sorted by norm into bands, each a flat FAISS index (fp16 from 10⁵ 
 below). A search goes down the bands until Cauchy-Schwarz says that no later vector can enter, and
 settles the candidates with the sketches themselves. It is exact up to fp16 ties, and where norms
 are nearly equal it reads everything: `Found.scanned` says how much. Without an index, or without
-FAISS, the same search is the plain product over the mapped shards.
+FAISS, the same search is the plain product over the mapped shards. Where FAISS has a GPU the bands
+that were searched stay on it, in half precision; candidates are settled on the CPU either way.
 
 An index is a cache; it is used only while it matches the sketches it was built from. Building and
 searching hold one band at a time. Untied models are searched at the query's own step only.
@@ -23,6 +24,7 @@ import hashlib
 import json
 import shutil
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +43,7 @@ Floats = npt.NDArray[np.float32]
 Numbers = npt.NDArray[np.int64]
 FLAT_BELOW = 100_000
 BAND_BYTES = 64 << 20
+KEPT_BANDS = 64
 SLACK = 32
 """How many more candidates than asked are settled exactly, against rounding in fp16."""
 
@@ -230,7 +233,7 @@ def _search_bands(
         path = run.path / entry["path"] / band["name"]
         if not path.with_suffix(".faiss").exists() or not path.with_suffix(".npy").exists():
             return None
-        index = faiss.read_index(str(path.with_suffix(".faiss")), faiss.IO_FLAG_MMAP_IFC)
+        index = _band(faiss, path.with_suffix(".faiss"))
         _, places = index.search(target, min(band["count"], k + SLACK))
         candidates = np.load(path.with_suffix(".npy"))[places[0]]
         seen += band["count"]
@@ -347,6 +350,27 @@ def _digest(run: RunDirectory, set_name: str) -> str:
     )
     said = json.dumps([1, manifest.weights, shards], sort_keys=True)
     return hashlib.sha256(said.encode()).hexdigest()[:12]
+
+
+def _band(faiss: Any, path: Path) -> Any:
+    """A band's index: mapped, or on the first GPU, where it stays for the next search."""
+    if getattr(faiss, "get_num_gpus", int)() == 0:
+        return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+    return _on_gpu(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=KEPT_BANDS)
+def _on_gpu(path: Path, _changed: int) -> Any:
+    """A band on the GPU, flat and in half precision: its scalar quantizer is the CPU's alone."""
+    faiss = _faiss()
+    index = faiss.read_index(str(path))
+    if not isinstance(index, faiss.IndexFlat):
+        flat = faiss.IndexFlatIP(index.d)
+        flat.add(index.reconstruct_n(0, index.ntotal))
+        index = flat
+    options = faiss.GpuClonerOptions()
+    options.useFloat16 = True
+    return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index, options)
 
 
 def _faiss() -> Any:

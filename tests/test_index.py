@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -88,3 +89,35 @@ def test_bad_place(tmp_path: Path, row: int, step: int, message: str) -> None:
     run = make(tmp_path / "run").run
     with pytest.raises(UsageError, match=message):
         index.neighbours(run, row=row, step=step)
+
+
+@pytest.mark.parametrize("flat_below", [100_000, 0])
+def test_bands_stay_on_a_gpu_where_faiss_has_one(
+    tmp_path: Path, flat_below: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a GPU (a stand-in for one) a band is brought there once, and finds the same."""
+    faiss = pytest.importorskip("faiss")
+    brought: list[int] = []
+
+    def bring(_resources: object, device: int, band: object, options: SimpleNamespace) -> object:
+        assert isinstance(band, faiss.IndexFlat) and options.useFloat16 and device == 0
+        brought.append(band.ntotal)
+        return band
+
+    made = make(tmp_path / "run", rows=90)
+    index.build_index(made.run, flat_below=flat_below)
+    expected = index.neighbours(made.run, row=1, step=2, query="test")
+    stands_in = {
+        "get_num_gpus": lambda: 1,
+        "GpuClonerOptions": SimpleNamespace,
+        "StandardGpuResources": object,
+        "index_cpu_to_gpu": bring,
+    }
+    for name, value in stands_in.items():
+        monkeypatch.setattr(faiss, name, value, raising=False)
+    index._on_gpu.cache_clear()
+    for _ in range(2):
+        found = index.neighbours(made.run, row=1, step=2, query="test")
+        assert found["row"].to_list() == expected["row"].to_list()
+    assert brought == [360]
+    index._on_gpu.cache_clear()
