@@ -189,18 +189,23 @@ class Wide(nn.Module):
 
 
 PEAK = """
-import resource, sys, torch, sdi
+import sys, torch, sdi
+from tests.benchmarks.memory import Watch, anonymous
 from tests.looped import LoopedModel, names, tokens
 from tests.test_recompute import Wide
 model = LoopedModel(Wide(sys.argv[1]), 32, steps=6)
 sketcher = sdi.Sketcher(sdi.Loop(model, "body"), dim=256, method="outer")
 sketcher(tokens(2, 8), names(2))  # loads and compiles what it needs
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before, watch = anonymous(), Watch()
+watch.start()
 sketcher(tokens(16, 256), names(16))
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+watch.done = True
+watch.join()
+print(watch.peak - before)
 """
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_checkpointing_saves_memory_while_sketching() -> None:
     """What checkpointing drops is not held for the sketches: the peak is far below."""
     root = Path(__file__).parent.parent
