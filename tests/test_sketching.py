@@ -18,6 +18,7 @@ import sdi
 from curate.errors import CurateError
 from curate.manifest import Manifest
 from curate.rundir import RunDirectory
+from curate.scores import score_run
 from curate.shardplan import shard_rows, stored_kinds, tasks
 from curate.sketching import Instruments, LoopOptions, SketchOptions, SketchReport, sketch_run
 from sdi.errors import LossError, SdiError
@@ -325,3 +326,20 @@ def test_shard_size_is_bounded() -> None:
     assert stored_kinds("train", tied=True, store="totals") == ("totals",)
     assert stored_kinds("query", tied=True, store="totals") == ("steps", "totals")
     assert stored_kinds("query", tied=False, store="steps") == ("steps",)
+
+
+def test_levels_of_nested_cycles_are_steps(run: RunDirectory) -> None:
+    """With roles a run records "cycle.role" labels, and its scores have a column for each."""
+    roles = LoopOptions(body=("low=body.0", "high=body.2"))
+    sketch_run(run, factory, roles, checkpoints(run.path.parent), options=OPTIONS)
+    loop = run.manifest.loop
+    assert loop is not None and loop.body == ("low=body.0", "high=body.2")
+    assert loop.steps == tuple(f"{n}.{role}.1" for n in (1, 2, 3) for role in ("low", "high"))
+    score_run(run, "test")
+    frame = run.influence("test").collect()
+    columns = [f"s{n:02d}" for n in range(1, 7)]
+    np.testing.assert_allclose(
+        frame.select(columns).to_numpy().sum(axis=1), frame["total"], rtol=1e-4, atol=1e-6
+    )
+    with pytest.raises(CurateError, match=r"loop\.body|model\.fingerprint"):
+        sketch(run)
