@@ -232,8 +232,7 @@ class _CaptureMode(TorchFunctionMode):
         if not output.requires_grad:
             output = output.detach().requires_grad_().clone()  # no leaf: it may change in place
         self._passed(func, args, kwargs, output, carriers)
-        held = {id(t) for t in leaves((run, run_named)) if not self._carries_rows(t)}
-        operands = Operands(run, run_named, held)
+        operands = Operands(run, run_named, {id(t) for t in carriers})
         if not self.replaying:
             self._record(func, operands, weights, output)
         elif not in_replayed_region():

@@ -51,16 +51,16 @@ class Operands:
 
     Args:
         args, kwargs: the call's.
-        held: ids of tensors that are kept as they are: weights and constants.
+        dropped: ids of the activations; weights and constants are kept as they are.
 
     Raises:
         RuntimeError: from `restored`, where a tensor was changed in place since.
     """
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], held: set[int]) -> None:
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], dropped: set[int]) -> None:
         tensors: list[Tensor] = []
-        self._args = _slotted(args, held, tensors)
-        self._kwargs = _slotted(kwargs, held, tensors)
+        self._args = _slotted(args, dropped, tensors)
+        self._kwargs = _slotted(kwargs, dropped, tensors)
         self._tags = [tag_of(t) or FIRST for t in tensors]
         self._likes = [(t.shape, t.dtype) for t in tensors]
         with torch._C.DisableTorchFunction():
@@ -87,15 +87,15 @@ class Operands:
 # Functions of their own: a recursive closure would keep its tensors until the next collection.
 
 
-def _slotted(value: Any, held: set[int], tensors: list[Tensor]) -> Any:
-    """`value` with a slot for each tensor that is not held; these are appended to `tensors`."""
-    if isinstance(value, Tensor) and id(value) not in held:
+def _slotted(value: Any, dropped: set[int], tensors: list[Tensor]) -> Any:
+    """`value` with a slot for each tensor that may be dropped; these are appended to `tensors`."""
+    if isinstance(value, Tensor) and id(value) in dropped:
         tensors.append(value)
         return _Slot(len(tensors) - 1)
     if type(value) in (list, tuple):
-        return type(value)(_slotted(item, held, tensors) for item in value)
+        return type(value)(_slotted(item, dropped, tensors) for item in value)
     if isinstance(value, dict):
-        return {key: _slotted(item, held, tensors) for key, item in value.items()}
+        return {key: _slotted(item, dropped, tensors) for key, item in value.items()}
     return value
 
 

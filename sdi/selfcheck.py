@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from sdi.estimators.sketched import Sketcher
 from sdi.losses import check_losses
 from sdi.oracle import step_gradients
 from sdi.part import Part
+from sdi.partial import OnlySome, groups_of
 from sdi.sinks import ExactSink
 from sdi.sketch.reference import sketch_of_gradient
 
@@ -86,7 +87,7 @@ def self_check(
     _refuse_single_step(sketcher, part)
     chosen = sorted({round(i * (len(ids) - 1) / max(1, rows - 1)) for i in range(rows)})
     state = _Comparison(sketcher, part, chosen)
-    groups = list(_groups(sketcher, len(part.steps) * len(chosen), memory))
+    groups = list(groups_of(sketcher.shapes, len(part.steps) * len(chosen), memory))
     done = 0
     for group in groups:
         state.compare(batch, group)
@@ -109,20 +110,6 @@ def _refuse_single_step(sketcher: Sketcher, part: Part) -> None:
         )
 
 
-def _groups(sketcher: Sketcher, copies: int, memory: int) -> Iterator[list[str]]:
-    """Names in groups whose exact gradients fit into `memory`, at least one a group."""
-    group: list[str] = []
-    size = 0
-    for name, shape in sketcher.shapes.items():
-        need = 8 * copies * torch.Size(shape).numel()
-        if group and size + need > memory:
-            yield group
-            group, size = [], 0
-        group.append(name)
-        size += need
-    yield group
-
-
 class _Comparison:
     """Running maxima over the groups, and the sketch of the oracle's gradients."""
 
@@ -140,7 +127,7 @@ class _Comparison:
         sketcher, rows = self._sketcher, self._rows
         loop, loss = sketcher.loop, sketcher.loss
         sink = ExactSink({n: sketcher.shapes[n] for n in names}, rows)
-        wanted = _Only(sink, set(names))
+        wanted = OnlySome(sink, set(names))
         ids = self._part.ids
         trace = capture(loop, batch, loss, wanted, ids, lambda found: check_losses(found, ids))
         if trace.narrow:  # autocast
@@ -211,27 +198,3 @@ class _Comparison:
                 f"(expected below {self._tolerance:g}). This is a defect: please report it."
             )
         return error
-
-
-class _Only:
-    """Passes on the contributions of some parameters."""
-
-    def __init__(self, sink: ExactSink, names: set[str]) -> None:
-        self._sink, self._names = sink, names
-
-    def outer(
-        self, name: str, step: int, left: Tensor, right: Tensor, part: int | None = None
-    ) -> None:
-        """See `Sink.outer`."""
-        if name in self._names:
-            self._sink.outer(name, step, left, right, part)
-
-    def rows(self, name: str, step: int, index: Tensor, right: Tensor) -> None:
-        """See `Sink.rows`."""
-        if name in self._names:
-            self._sink.rows(name, step, index, right)
-
-    def dense(self, name: str, step: int, gradient: Tensor, part: int | None = None) -> None:
-        """See `Sink.dense`."""
-        if name in self._names:
-            self._sink.dense(name, step, gradient, part)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,8 +19,9 @@ from sdi.capture import Loss, capture
 from sdi.loop import Loop
 from sdi.losses import check_losses
 from sdi.oracle import step_gradients
+from sdi.partial import OnlySome, groups_of
 from sdi.selfcheck import SMALL
-from sdi.sinks import ExactSink, Sink
+from sdi.sinks import ExactSink
 
 
 @dataclass(frozen=True)
@@ -67,49 +68,19 @@ def step_norms(
     """
     ids = tuple(ids)
     shapes = {name: tuple(p.shape) for name, p in loop.parameters().items()}
-    groups = list(_groups(shapes, 8 * steps * len(ids), memory))
+    groups = list(groups_of(shapes, steps * len(ids), memory))
     done = 0
     for names in groups:
         if progress is not None and len(groups) > 1:
             progress(done, len(shapes))
         sink = ExactSink({name: shapes[name] for name in names})
-        chosen = cast(Sink, _Chosen(sink, set(names)))
+        chosen = OnlySome(sink, set(names))
         capture(loop, batch, loss, chosen, ids, lambda found: check_losses(found, ids))
         errors = _errors(loop, batch, ids, loss, names, sink, steps)
         for name in names:
             norms = tuple(_rms(sink.gradients.get((name, step))) for step in range(steps))
             yield StepNorms(name, shapes[name], norms, errors[name])
         done += len(names)
-
-
-class _Chosen:
-    """Passes on the contributions of some parameters, in whatever form they come."""
-
-    def __init__(self, sink: ExactSink, names: set[str]) -> None:
-        self._sink, self._names = sink, names
-
-    def __getattr__(self, form: str) -> Callable[..., None]:
-        add = getattr(self._sink, form)
-
-        def receive(name: str, *contribution: Any) -> None:
-            if name in self._names:
-                add(name, *contribution)
-
-        return receive
-
-
-def _groups(shapes: dict[str, tuple[int, ...]], each: int, memory: int) -> Iterator[list[str]]:
-    """Names in groups that fit into `memory` at `each` bytes a number; at least one a group."""
-    group: list[str] = []
-    size = 0
-    for name, shape in shapes.items():
-        need = each * torch.Size(shape).numel()
-        if group and size + need > memory:
-            yield group
-            group, size = [], 0
-        group.append(name)
-        size += need
-    yield group
 
 
 def _rms(gradient: Tensor | None) -> float:

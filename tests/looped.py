@@ -79,6 +79,33 @@ class ListModel(LoopedModel):
         return self.head(x)
 
 
+class Custom(nn.Module):
+    """One body after a function of (module, x)."""
+
+    def __init__(self, run: Any, **parameters: nn.Parameter | nn.Module) -> None:
+        super().__init__()
+        self.run = run
+        for name, value in parameters.items():
+            setattr(self, name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(self, x)
+
+
+class Square(torch.autograd.Function):
+    """x · w², in a way that no torch call shows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        ctx.save_for_backward(x, w)
+        return x * w.square()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        x, w = ctx.saved_tensors
+        return grads[0] * w.square(), (grads[0] * 2 * x * w).sum((0, 1))
+
+
 def make(body: nn.Module | None = None, seed: int = 0, **options: Any) -> LoopedModel:
     """A looped model with fixed random weights."""
     torch.manual_seed(seed)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import sdi
 from sdi.errors import CaptureError, LoopError, LossError, SelfCheckError, SpecError
-from tests.looped import Block, ListModel, LoopedModel, make, names, tokens
+from tests.looped import Block, Custom, ListModel, LoopedModel, Square, make, names, tokens
 
 
 def _checked(model: nn.Module, body: Any = "body", batch: Any = None, **options: Any) -> None:
@@ -23,19 +23,6 @@ def _checked(model: nn.Module, body: Any = "body", batch: Any = None, **options:
     assert report.worst < 1e-4 and report.conservation < 1e-4
     assert report.sketch is not None and report.sketch < 1e-4
     assert report.parameters == report.of
-
-
-class Custom(nn.Module):
-    """One body after a function of (module, x)."""
-
-    def __init__(self, run: Any, **parameters: nn.Parameter | nn.Module) -> None:
-        super().__init__()
-        self.run = run
-        for name, value in parameters.items():
-            setattr(self, name, value)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.run(self, x)
 
 
 def _w(*shape: int) -> nn.Parameter:
@@ -320,21 +307,9 @@ def test_random_initial_states_are_made_a_function_of_the_row() -> None:
     torch.testing.assert_close(found, together[order], rtol=1e-4, atol=1e-6)
 
 
-class _Square(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
-        ctx.save_for_backward(x, w)
-        return x * w.square()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        x, w = ctx.saved_tensors
-        return grads[0] * w.square(), (grads[0] * 2 * x * w).sum((0, 1))
-
-
 def test_custom_autograd_function_is_refused_by_name() -> None:
     """A use inside a custom autograd function cannot be seen: refused, naming the parameter."""
-    body = Custom(lambda m, x: _Square.apply(x, m.a), a=_w(16))
+    body = Custom(lambda m, x: Square.apply(x, m.a), a=_w(16))
     with pytest.raises(CaptureError, match=r"body\.a: used by an operation that cannot be seen"):
         sdi.Sketcher(sdi.Loop(make(body), "body"), dim=64)(tokens(), names(4))
 

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 import sdi
 from sdi.errors import CaptureError
-from tests.looped import Block, LoopedModel, names, tokens
+from tests.looped import Block, LoopedModel, Square, names, tokens
 
 
 class Checkpointed(LoopedModel):
@@ -142,18 +141,6 @@ def test_full_graph_and_checkpointing(reentrant: bool) -> None:
         assert sdi.self_check(sketcher, tokens(), names(4)).worst < 1e-4
 
 
-class _Square(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
-        ctx.save_for_backward(x, w)
-        return x * w.square()
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        x, w = ctx.saved_tensors
-        return grads[0] * w.square(), (grads[0] * 2 * x * w).sum((0, 1))
-
-
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_unseen_uses_in_a_region_are_refused(reentrant: bool) -> None:
     """A custom autograd function inside a checkpointed region is refused, naming the parameter."""
@@ -165,7 +152,7 @@ def test_unseen_uses_in_a_region_are_refused(reentrant: bool) -> None:
             self.gain = nn.Parameter(torch.ones(16))
 
         def forward(self, x: Tensor) -> Tensor:
-            return _again(lambda y: _Square.apply(self.line(y), self.gain), x, reentrant)
+            return _again(lambda y: Square.apply(self.line(y), self.gain), x, reentrant)
 
     with pytest.raises(CaptureError, match=r"body\.gain: used by an operation that cannot be seen"):
         sdi.Sketcher(sdi.Loop(LoopedModel(Hidden()), "body"), dim=64)(tokens(), names(4))

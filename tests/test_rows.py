@@ -17,7 +17,7 @@ import sdi
 from sdi.errors import CaptureError
 from sdi.rowflow import pass_on
 from sdi.rowtags import FIRST, Rows, layout, leaves, tag, tag_of
-from tests.looped import LoopedModel, make, names, tokens
+from tests.looped import Custom, LoopedModel, make, names, tokens
 
 B = 3
 
@@ -186,54 +186,41 @@ def _second(layer: Any) -> Callable[[Any, Tensor], Tensor]:
     return lambda m, x: torch.tanh(layer(m, x.transpose(0, 1).contiguous())).transpose(0, 1)
 
 
-class Run(nn.Module):
-    """One body after a function of (module, x)."""
-
-    def __init__(self, run: Any, **parts: Any) -> None:
-        super().__init__()
-        self.run = run
-        for name, value in parts.items():
-            setattr(self, name, value)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.run(self, x)
-
-
 BODIES: dict[str, Callable[[], nn.Module]] = {
-    "linear": lambda: Run(_second(lambda m, x: m.a(x)), a=nn.Linear(16, 16)),
-    "norm and gain": lambda: Run(
+    "linear": lambda: Custom(_second(lambda m, x: m.a(x)), a=nn.Linear(16, 16)),
+    "norm and gain": lambda: Custom(
         _second(lambda m, x: m.a(x) * m.b + m.c),
         a=nn.LayerNorm(16), b=nn.Parameter(torch.randn(16)), c=nn.Parameter(torch.randn(1, 1, 16)),
     ),
-    "rms norm": lambda: Run(_second(lambda m, x: m.a(x)), a=nn.RMSNorm(16)),
-    "embedding": lambda: Run(
+    "rms norm": lambda: Custom(_second(lambda m, x: m.a(x)), a=nn.RMSNorm(16)),
+    "embedding": lambda: Custom(
         _second(lambda m, x: x + m.a((x.sum(-1) * 10).long() % 7)), a=nn.Embedding(7, 16)
     ),
-    "where": lambda: Run(
+    "where": lambda: Custom(
         _second(lambda m, x: torch.where(x > 0, x, m.a * x)), a=nn.Parameter(torch.randn(16))
     ),
-    "flattened": lambda: Run(
+    "flattened": lambda: Custom(
         _second(lambda m, x: m.a(x.reshape(-1, 16)).view_as(x)), a=nn.Linear(16, 16)
     ),
-    "columns": lambda: Run(lambda m, x: (m.a @ x.reshape(-1, 16).t()).t().view_as(x).tanh(),
+    "columns": lambda: Custom(lambda m, x: (m.a @ x.reshape(-1, 16).t()).t().view_as(x).tanh(),
                            a=nn.Parameter(torch.randn(16, 16) * 0.3)),
-    "steps of a scan": lambda: Run(
+    "steps of a scan": lambda: Custom(
         lambda m, x: torch.stack([torch.tanh(m.a(part)) for part in x.unbind(1)]).transpose(0, 1),
         a=nn.Linear(16, 16),
     ),
-    "attention": lambda: Run(
+    "attention": lambda: Custom(
         lambda m, x: x + m.a(x, x, x, need_weights=False)[0],
         a=nn.MultiheadAttention(16, 2, batch_first=True),
     ),
-    "attention with weights": lambda: Run(
+    "attention with weights": lambda: Custom(
         lambda m, x: x + m.a(x, x, x)[0], a=nn.MultiheadAttention(16, 2, batch_first=True)
     ),
-    "attention, batch second": lambda: Run(
+    "attention, batch second": lambda: Custom(
         _second(lambda m, x: x + m.a(x, x, x, need_weights=False)[0]),
         a=nn.MultiheadAttention(16, 2, bias=False, add_bias_kv=True),
     ),
     "encoder layer": lambda: nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True),
-    "encoder layer, batch second": lambda: Run(
+    "encoder layer, batch second": lambda: Custom(
         _second(lambda m, x: m.a(x)), a=nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0)
     ),
     "experts": lambda: Experts(),
@@ -268,7 +255,7 @@ def test_batch_with_rows_second() -> None:
         return each.view_as(batch["labels"]).mean(0)
 
     torch.manual_seed(0)
-    body = Run(lambda m, x: torch.tanh(m.a(x)) + m.b, a=nn.Linear(16, 16),
+    body = Custom(lambda m, x: torch.tanh(m.a(x)) + m.b, a=nn.Linear(16, 16),
                b=nn.Parameter(torch.randn(16)))  # fmt: skip
     ids = torch.randint(0, 23, (7, 4))
     batch = {"input_ids": ids, "labels": ids.roll(-1, 0)}
@@ -284,7 +271,7 @@ def test_packed_rows() -> None:
             super().__init__()
             self.embed = nn.Embedding(23, 16)
             self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
-            self.body = Run(lambda m, pair: self._step(m, *pair), norm=nn.LayerNorm(16),
+            self.body = Custom(lambda m, pair: self._step(m, *pair), norm=nn.LayerNorm(16),
                             qkv=self.qkv, out=self.out)  # fmt: skip
             self.head = nn.Linear(16, 23)
 
@@ -325,7 +312,7 @@ def test_packed_rows() -> None:
 
 def test_mixed_rows_are_refused() -> None:
     """A parameter that meets a mean over the batch is refused with the reason."""
-    body = Run(lambda m, x: x + m.a(x.mean(0)), a=nn.Linear(16, 16))
+    body = Custom(lambda m, x: x + m.a(x.mean(0)), a=nn.Linear(16, 16))
     with pytest.raises(CaptureError, match=r"body\.a.*cannot be split.*rows were mixed"):
         sdi.Sketcher(sdi.Loop(make(body), "body"), dim=64)(tokens(), names(4))
 
@@ -344,7 +331,7 @@ def test_a_layout_is_settled_by_the_first_batch() -> None:
         return {**tokens(4, length), "places": torch.arange(length)}
 
     torch.manual_seed(0)
-    body = Run(lambda m, pair: torch.tanh(pair[0] + m.a(pair[1])), a=nn.Embedding(9, 16))
+    body = Custom(lambda m, pair: torch.tanh(pair[0] + m.a(pair[1])), a=nn.Embedding(9, 16))
     model = Placed(body).eval()
     sketcher = sdi.Sketcher(sdi.Loop(model, "body"), dim=64)
     sdi.self_check(sketcher, batch(7), names(4))
@@ -372,7 +359,7 @@ def test_rows_in_another_order_are_followed(kind: str) -> None:
             return torch.tanh(m.a(x))
         return torch.tanh(m.a(x[order[kind]]))[order[kind]]
 
-    sketcher = sdi.Sketcher(sdi.Loop(make(Run(run, a=nn.Linear(16, 16))), "body"), dim=64)
+    sketcher = sdi.Sketcher(sdi.Loop(make(Custom(run, a=nn.Linear(16, 16))), "body"), dim=64)
     assert sdi.self_check(sketcher, tokens(4, 5), names(4), rows=4).worst < 1e-4
 
 
@@ -386,7 +373,7 @@ def test_what_is_written_into_a_new_tensor_keeps_its_owners() -> None:
         out = torch.zeros(len(flat), 16).index_add_(0, index, torch.tanh(m.a(flat[index])))
         return x + m.b(out).view_as(x)
 
-    body = Run(run, a=nn.Linear(16, 16), b=nn.LayerNorm(16))
+    body = Custom(run, a=nn.Linear(16, 16), b=nn.LayerNorm(16))
     sketcher = sdi.Sketcher(sdi.Loop(make(body), "body"), dim=64)
     assert sdi.self_check(sketcher, tokens(4, 4), names(4), rows=4).worst < 1e-4
 
@@ -403,6 +390,6 @@ CONSTANT: dict[str, Callable[[Any, Tensor], Tensor]] = {
 @pytest.mark.parametrize("length", [7, 8])
 def test_constants_of_a_batch_are_no_rows(kind: str, length: int) -> None:
     """What only has the type or the device of rows is a constant, also where B divides T."""
-    body = Run(lambda m, x: torch.tanh(CONSTANT[kind](m, x)), a=nn.Embedding(9, 16))
+    body = Custom(lambda m, x: torch.tanh(CONSTANT[kind](m, x)), a=nn.Embedding(9, 16))
     sketcher = sdi.Sketcher(sdi.Loop(make(body), "body"), dim=64)
     assert sdi.self_check(sketcher, tokens(4, length), names(4)).worst < 1e-4
