@@ -101,7 +101,7 @@ def _main(argv: Sequence[str] | None) -> int:
         result = cli.main(
             args=None if argv is None else list(argv), prog_name="curate", standalone_mode=False
         )
-    except click.exceptions.Abort:
+    except (click.exceptions.Abort, KeyboardInterrupt):  # the second from outside of click
         return _said("interrupted; nothing is lost: the same command continues", 130)
     except click.ClickException as failure:
         return _said(_usage_line(failure), failure.exit_code)
