@@ -160,9 +160,10 @@ class _CaptureMode(TorchFunctionMode):
         if func is torch.autograd.backward:  # of a reentrant region: more may be nested in it
             with self:
                 return entered(func)(*args, **kwargs)
-        operands = list(leaves((args, kwargs)))
-        carriers = [t for t in operands if self._carries_rows(t)]
-        if not any(id(t) in self._weights for t in operands):
+        operands = leaves((args, kwargs))
+        others = [t for t in operands if id(t) not in self._weights]
+        carriers = [t for t in others if is_tagged(t) or t.requires_grad]
+        if len(others) == len(operands):
             output = func(*args, **kwargs)
             return self._passed(func, args, kwargs, output, carriers)
         if func in CONSTANTS or not torch.is_grad_enabled():
@@ -276,35 +277,48 @@ class _CaptureMode(TorchFunctionMode):
                 return
             if not self.replaying or self._unmade.pop(id(use), None) is None:
                 raise refusals.inner_gradient(use)
-            self._serve(replace(use, delta=delta.detach().reshape(shape)), operands)
+            with torch._C.DisableTorchFunction():  # what is ours need not pass through the mode
+                own = replace(use, delta=delta.detach().reshape(shape))
+                served = self._serve_bare(own, operands)
+            if not served:
+                self._serve(own, operands)
             del operands  # the graph keeps this closure
 
         # On the node, not the tensor: there a user's own hooks have changed the gradient already.
         assert hooked.grad_fn is not None
         hooked.grad_fn.register_prehook(receive)
 
-    def _serve(self, use: Use, operands: Operands) -> None:
+    def _serve_bare(self, use: Use, operands: Operands) -> bool:
+        """Serve what needs no operand: it may be gone, and what restores it is the model's code."""
         if use.delta.numel() == 0:
-            return
+            return True
         self.narrow = self.narrow or use.autocast is not None or use.delta.dtype in HALVES
-        rule = None if use.delta.is_complex() else rules.find(use.function)
-        use = replace(use, step=self.steps.bin(use.step))
-        served = False
-        if rule is add_rule:  # a sum's gradient needs no operand, which may be gone
-            served = self._applied(rule, use, operands.shapes())
-        if not served:
-            arguments = restored(use, operands)
-            served = rule is not None and self._applied(rule, use, arguments)
-            if not served:
-                self._applied(generic_rule, use, arguments)
-        kind = rule.__name__ if served and rule is not None else "generic"
+        use.step = self.steps.bin(use.step)
+        served = rules.find(use.function) is add_rule and not use.delta.is_complex()
+        served = served and self._applied(add_rule, use, operands.shapes())
+        if served:
+            self._note(use, "add")
+        return served
+
+    def _serve(self, use: Use, operands: Operands) -> None:
+        """Serve any other use."""
+        arguments = restored(use, operands)
+        with torch._C.DisableTorchFunction():
+            rule = None if use.delta.is_complex() else rules.find(use.function)
+            if rule is None or not self._applied(rule, use, arguments):
+                rule = generic_rule
+                self._applied(rule, use, arguments)
+            self._note(use, rule.__name__.removesuffix("_rule"))
+
+    def _note(self, use: Use, kind: str) -> None:
         for weight in use.weights.values():
             for name in weight.parameters:
-                self.served.setdefault(name, set()).add(kind.removesuffix("_rule"))
+                self.served.setdefault(name, set()).add(kind)
 
     def _applied(self, rule: rules.Rule, use: Use, arguments: tuple[Any, Any]) -> bool:
-        with torch.no_grad(), torch._C.DisableTorchFunction():
-            return rule(replace(use, args=arguments[0], kwargs=arguments[1]))
+        use.args, use.kwargs = arguments
+        with torch.no_grad():
+            return rule(use)
 
     def _refuse_writes(self, func: Any, args: Any, kwargs: Any) -> None:
         """An in-place operation that has no out-of-place twin here, or one with `out=`."""
@@ -318,11 +332,6 @@ class _CaptureMode(TorchFunctionMode):
         if not any(t.is_floating_point() for t in leaves(output)):
             return output
         raise refusals.several_outputs(weights.values(), func)
-
-    def _carries_rows(self, tensor: Tensor) -> bool:
-        if id(tensor) in self._weights:
-            return False
-        return is_tagged(tensor) or tensor.requires_grad
 
     # -- regions that run again ----------------------------------------------------------------
 

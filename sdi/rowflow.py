@@ -44,13 +44,12 @@ _WRITES = {
 
 def pass_on(func: Any, args: Any, kwargs: Any, output: Any, carriers: list[Tensor], b: int) -> Any:
     """Tag the output of a call in which `carriers` held rows of a batch of `b`; returns it."""
-    found = list(leaves(output))
+    found = leaves(output)
     if not found:
         return output
-    handler = _HANDLERS.get(getattr(func, "__name__", ""))
-    if func in MOVING_GETTERS:
-        handler = _moved
-    if _lent(func, args, found, carriers):
+    name = getattr(func, "__name__", "")
+    handler = _moved if func in MOVING_GETTERS else _HANDLERS.get(name)
+    if name in _LENT and _lent(name, args, found, carriers):
         return output
     if b == 1 or (handler is None and _plain(args, found, carriers)):
         return tag(output)
@@ -67,13 +66,11 @@ def pass_on(func: Any, args: Any, kwargs: Any, output: Any, carriers: list[Tenso
     return output
 
 
-def _lent(func: Any, args: Any, found: Found, carriers: list[Tensor]) -> bool:
+def _lent(name: str, args: Any, found: Found, carriers: list[Tensor]) -> bool:
     """Whether rows only lent their type or shape: `positions.to(x)`, `x.new_zeros(1, d)`."""
-    if getattr(func, "__name__", "") not in _LENT:
-        return False
     source = args[0]
     held = any(source is t for t in carriers)
-    return not held or (func.__name__.startswith("new_") and found[0].shape != source.shape)
+    return not held or (name.startswith("new_") and found[0].shape != source.shape)
 
 
 def _only_owner(carriers: list[Tensor]) -> Tag | None:
@@ -271,7 +268,7 @@ def _multiplied(
 
 def _einsum(_f: Any, args: Any, _k: Any, found: Found, carriers: Any, b: int) -> list[Tag]:
     equation, *operands = args
-    tensors = list(leaves(operands))
+    tensors = leaves(operands)
     if not isinstance(equation, str):
         return [LOST]
     left, arrow, right = equation.replace(" ", "").partition("->")

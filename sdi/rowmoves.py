@@ -31,6 +31,10 @@ VIEWS = MOVES - {
 }  # fmt: skip
 
 
+_KNOWN: dict[Any, list[Tag]] = {}
+_KNOWN_LIMIT = 4096
+
+
 def moved(
     func: Any, args: Any, kwargs: Any, source: Tensor, rows: Tag, found: Sequence[Tensor], b: int
 ) -> list[Tag]:
@@ -41,6 +45,43 @@ def moved(
         rows: its tag.
         b: B.
     """
+    key = _key(func, args[1:], kwargs, source, rows, b)
+    if key is None:
+        return _tried(func, args, kwargs, source, rows, found, b)
+    if key not in _KNOWN:  # a loop makes the same calls over and over
+        if len(_KNOWN) >= _KNOWN_LIMIT:
+            _KNOWN.clear()
+        _KNOWN[key] = _tried(func, args, kwargs, source, rows, found, b)
+    return _KNOWN[key]
+
+
+def _key(func: Any, rest: Any, kwargs: Any, source: Tensor, rows: Tag, b: int) -> Any:
+    """All that the answer depends on, or None where it depends on what a tensor holds."""
+    if isinstance(rows, Rows) and rows.ids is not None:
+        return None
+    where = (rows.count, rows.stride) if isinstance(rows, Rows) else rows
+    said = _hashable((rest, *((k, v) for k, v in kwargs.items() if k not in ("input", "out"))))
+    return None if said is None else (func, said, source.shape, source.device, where, b)
+
+
+def _hashable(value: Any) -> Any:
+    """Numbers, slices and nested sequences of them as tuples; None where there is anything else."""
+    if value is None or value is Ellipsis or isinstance(value, int | str):
+        return (type(value), value)
+    if isinstance(value, slice):
+        return _hashable((slice, value.start, value.stop, value.step))
+    if value is slice:
+        return (slice,)
+    if isinstance(value, list | tuple):
+        items = tuple(_hashable(item) for item in value)
+        return None if None in items else (type(value), items)
+    return None
+
+
+def _tried(
+    func: Any, args: Any, kwargs: Any, source: Tensor, rows: Tag, found: Sequence[Tensor], b: int
+) -> list[Tag]:
+    """The answer, from the call itself."""
     rest = args[1:] if args else ()
     named = {k: v for k, v in kwargs.items() if k not in ("input", "out")}
     name = getattr(func, "__name__", "")
@@ -58,7 +99,7 @@ def moved(
     line = torch.arange(shape[axis], device=source.device if indexed else None)
     probe = line.view([-1 if i == axis else 1 for i in range(len(shape))]).expand(shape)
     with torch.no_grad():
-        tried = list(leaves(func(probe, *rest, **named)))
+        tried = leaves(func(probe, *rest, **named))
     owners = known.places(source.shape)
     if owners is None:
         return [LOST for _ in found]

@@ -13,7 +13,7 @@ Letters: B rows of the batch, n elements of one row.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -100,16 +100,27 @@ LOST = _Mark("LOST")
 Tag = Rows | _Mark
 
 
-def leaves(value: Any) -> Iterator[Tensor]:
+_PLAIN = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, slice})
+
+
+def leaves(value: Any) -> list[Tensor]:
     """The tensors in nested lists, tuples and dicts."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for item in value:
-            yield from leaves(item)
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from leaves(item)
+    found: list[Tensor] = []
+    _gather((value,), found)
+    return found
+
+
+def _gather(values: Iterable[Any], found: list[Tensor]) -> None:
+    """Called for every torch call of a pass, so what holds no tensor is passed over first."""
+    for value in values:
+        if type(value) in _PLAIN:
+            continue
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            _gather(value, found)
+        elif isinstance(value, Mapping):
+            _gather(value.values(), found)
 
 
 def tag_of(value: Any) -> Tag | None:
@@ -120,11 +131,14 @@ def tag_of(value: Any) -> Tag | None:
 
 def is_tagged(value: Any) -> bool:
     """Whether the value is a tensor tagged as carrying rows."""
-    return tag_of(value) is not None
+    return isinstance(value, Tensor) and getattr(value, _ROWS, None) is not None
 
 
 def tag(output: Any, rows: Tag = FIRST) -> Any:
     """Tag every tensor of an output; returns it."""
+    if isinstance(output, Tensor):
+        setattr(output, _ROWS, rows)
+        return output
     for tensor in leaves(output):
         setattr(tensor, _ROWS, rows)
     return output

@@ -23,7 +23,7 @@ from sdi.sketch.reference import sketch_of_gradient
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 SMALL = 1e-3  # of the largest gradient: below, what ought to be zero (a key's bias) is rounding
-LOOSE = 2e-2  # bf16 and fp16: rows alone and rows together round differently
+LOOSE = 2e-2  # bf16 and fp16, in the model or in our products
 
 
 @dataclass(frozen=True)
@@ -192,9 +192,10 @@ class _Comparison:
         total = self._reference.sum(dim=1).norm(dim=1)[:, None]
         floor = torch.maximum(self._reference.norm(dim=2), 1e-6 * total).clamp_min(1e-12)
         error = float(((ours - self._reference).norm(dim=2) / floor).max())
-        if not error <= self._tolerance:
+        expected = LOOSE if self._sketcher.rounded else self._tolerance
+        if not error <= expected:
             raise SelfCheckError(
                 f"the sketches differ from the sketches of the exact gradients by {error:.2g} "
-                f"(expected below {self._tolerance:g}). This is a defect: please report it."
+                f"(expected below {expected:g}). This is a defect: please report it."
             )
         return error

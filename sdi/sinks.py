@@ -14,7 +14,14 @@ from torch import Tensor
 
 from sdi.sketch.countsketch import add_dense, add_rows
 from sdi.sketch.plan import Hashing, MatrixPlan, Plan, StackPlan
-from sdi.sketch.tensorsketch import Method, add_fourier, add_outer, choose
+from sdi.sketch.tensorsketch import (
+    Method,
+    Products,
+    add_fourier,
+    add_outer,
+    choose,
+    rounds,
+)
 
 
 class Sink(Protocol):
@@ -69,14 +76,25 @@ class SketchSink:
         batch: B.
         scales: parameter name → factor √(η_p/η̄), 1 where absent.
         method: "auto" picks per use; "outer" and "fourier" force one.
+        products: in which type `outer` multiplies; "auto" picks per use.
         limit: bytes that the buffers of one evaluation may take.
+
+    Attributes:
+        rounded: whether factors were rounded to bfloat16 somewhere.
     """
 
     def __init__(
-        self, plans: Plans, batch: int, scales: dict[str, float], method: Method, limit: int
+        self,
+        plans: Plans,
+        batch: int,
+        scales: dict[str, float],
+        method: Method,
+        products: Products,
+        limit: int,
     ) -> None:
         self._plans, self._batch, self._scales = plans, batch, scales
-        self._method, self._limit = method, limit
+        self._method, self._products, self._limit = method, products, limit
+        self.rounded = False
         self._sums: dict[int, Tensor] = {}
         self._spectra: dict[int, Tensor] = {}
 
@@ -84,34 +102,38 @@ class SketchSink:
         self, name: str, step: int, left: Tensor, right: Tensor, part: int | None = None
     ) -> None:
         """See `Sink.outer`."""
-        left, right = self._scaled(name, left.float()), right.float()
+        left = self._scaled(name, left)
         plan = self._plans.get(name, left.device)
         if isinstance(plan, StackPlan) and part is not None:
             plan = plan.parts[part]
         if not isinstance(plan, MatrixPlan):  # a stack of thin matrices
-            product = left.transpose(1, 2) @ right
+            product = left.float().transpose(1, 2) @ right.float()
             if part is not None:
                 product = stacked(product, part, self._plans.shape(name))
             add_dense(plan, product, self._sum(step, left.device))
             return
+        half = rounds(self._products, plan, left, right)
         method = self._method
         if method == "auto":
-            device = left.device.type
-            method = choose(left.shape[1], left.shape[2], right.shape[2], plan.dim, device)
+            sizes = (left.shape[1], left.shape[2], right.shape[2], plan.dim)
+            method = choose(*sizes, left.device, half=half)
         if method == "outer":
-            add_outer(plan, left, right, self._sum(step, left.device), self._limit)
+            self.rounded = self.rounded or half
+            total = self._sum(step, left.device)
+            add_outer(plan, left, right, total, self._limit, half=half)
         else:
-            add_fourier(plan, left, right, self._spectrum(step, left.device), self._limit)
+            spectrum = self._spectrum(step, left.device)
+            add_fourier(plan, left.float(), right.float(), spectrum, self._limit)
 
     def rows(self, name: str, step: int, index: Tensor, right: Tensor) -> None:
         """See `Sink.rows`."""
-        right = self._scaled(name, right.float())
+        right = self._scaled(name, right).float()
         plan = self._plans.matrix(name, right.device)
         add_rows(plan, index, right, self._sum(step, right.device))
 
     def dense(self, name: str, step: int, gradient: Tensor, part: int | None = None) -> None:
         """See `Sink.dense`."""
-        gradient = self._scaled(name, gradient.float())
+        gradient = self._scaled(name, gradient).float()
         plan = self._plans.get(name, gradient.device)
         if isinstance(plan, StackPlan) and part is not None:
             plan = plan.parts[part]
@@ -130,7 +152,7 @@ class SketchSink:
 
     def _scaled(self, name: str, tensor: Tensor) -> Tensor:
         scale = self._scales.get(name, 1.0)
-        return tensor if scale == 1.0 else tensor * scale
+        return tensor if scale == 1.0 else tensor.float() * scale
 
     def _sum(self, step: int, device: torch.device) -> Tensor:
         if step not in self._sums:

@@ -20,7 +20,7 @@ from tests.looped import make, names, tokens
 
 def _outer(hashing: Hashing, left: torch.Tensor, right: torch.Tensor, method: str) -> torch.Tensor:
     plans = Plans(hashing, {"w": (left.shape[2], right.shape[2])})
-    sink = SketchSink(plans, left.shape[0], {}, method, 1 << 12)  # type: ignore[arg-type]
+    sink = SketchSink(plans, left.shape[0], {}, method, "float32", 1 << 12)  # type: ignore[arg-type]
     sink.outer("w", 0, left, right)
     return sink.result(1, torch.device("cpu"))[:, 0]
 

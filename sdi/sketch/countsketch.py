@@ -17,8 +17,7 @@ def add_dense(plan: Plan, gradient: Tensor, out: Tensor) -> None:
         out: (B, M) float32, added to in place.
     """
     if isinstance(plan, MatrixPlan):
-        signed = gradient * plan.row_sign[:, None] * plan.column_sign
-        add_dense_columns(plan, signed.transpose(1, 2), out)
+        add_dense_columns(plan, gradient.transpose(1, 2), out)
     elif isinstance(plan, StackPlan):
         for number, part in enumerate(plan.parts):
             add_dense(part, gradient[:, number], out)

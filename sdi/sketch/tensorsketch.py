@@ -6,68 +6,87 @@ The gradient of a matrix use is G_b = Σ_n left[b,n] ⊗ right[b,n], (R, C) per 
     fourier   Σ_n FFT(CS(left)) · FFT(CS(right)), transformed back once per step.
 
 Both are linear in G, so uses, parameters and steps add up before anything is transformed back.
-`outer` costs 2nRC + RC operations an example, `fourier` n(2.5·M log₂M·2 + C + R): wide layers on
-short rows go to `fourier`, narrow ones on long rows to `outer`. Sources: Pagh, "Compressed matrix
-multiplication" (2013), eq. 4; SDI, arXiv 2602.10097, section 4.
+Which is cheaper is a matter of the machine (`sdi.sketch.costs`): wide layers on short rows go to
+`fourier`, most others to `outer`. Sources: Pagh, "Compressed matrix multiplication" (2013), eq. 4;
+SDI, arXiv 2602.10097, section 4.
+
+The product of `outer` may round its factors, and itself, to bfloat16, with float32 sums. For
+factors without structure this moves the sketch by 0.3 % of the gradient's norm, whatever M is; the
+sketch's own error is 1/√M of it, 1.6 % at M = 4096.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from sdi.sketch.kernels import has_numba, shifted_add
+from sdi.sketch.costs import costs, multiplies_bfloat16
+from sdi.sketch.kernels import shifted_add
 from sdi.sketch.plan import MatrixPlan
 
 Method = Literal["auto", "outer", "fourier"]
+Products = Literal["auto", "bfloat16", "float32"]
 
-# Nanoseconds an operation on one core (AVX-512, 2.6 GHz); only their ratios matter.
-_PRODUCT, _ADD, _SCATTER, _FFT = 0.010, 1.0, 3.5, 0.3
-
-
-def choose(tokens: int, rows: int, columns: int, dim: int, device: str = "cpu") -> Method:
-    """The cheaper evaluation for one use with `tokens` tokens an example."""
-    add = _ADD if has_numba() and device == "cpu" else _SCATTER
-    outer = rows * columns * (2 * tokens * _PRODUCT + add)
-    fourier = tokens * dim * (2 * math.log2(dim) * _FFT + 4 * _FFT)
-    return "outer" if outer <= fourier else "fourier"
+ROUNDED_FROM = 1 << 14
+"""Entries of a matrix from which "auto" rounds: below, the product is not what costs."""
+ROUNDED_UP_TO = 1 << 14
+"""M up to which "auto" rounds: beyond, rounding would be over a third of the sketch's own error."""
 
 
-def add_outer(plan: MatrixPlan, left: Tensor, right: Tensor, out: Tensor, limit: int) -> None:
+def choose(
+    tokens: int, rows: int, columns: int, dim: int, device: torch.device, *, half: bool = False
+) -> Method:
+    """The cheaper evaluation of one use with `tokens` tokens an example."""
+    known = costs(device)
+    outer = known.outer(tokens, rows, columns, half=half)
+    return "outer" if outer <= known.fourier(tokens, rows, columns, dim) else "fourier"
+
+
+def rounds(products: Products, plan: MatrixPlan, left: Tensor, right: Tensor) -> bool:
+    """Whether the factors of a product are to be rounded to bfloat16."""
+    if products != "auto":
+        return products == "bfloat16"
+    large = left.shape[-1] * right.shape[-1] >= ROUNDED_FROM
+    return large and plan.dim <= ROUNDED_UP_TO and multiplies_bfloat16(left.device)
+
+
+def add_outer(
+    plan: MatrixPlan, left: Tensor, right: Tensor, out: Tensor, limit: int, *, half: bool = False
+) -> None:
     """Add the sketch of Σ_n left ⊗ right into `out` by way of the dense product.
 
     Args:
         plan: hashes of the (R, C) matrix.
-        left: (B, n, R) float32.
-        right: (B, n, C) float32.
+        left: (B, n, R).
+        right: (B, n, C).
         out: (B, M) float32, added to in place.
         limit: most bytes that the dense product of a chunk of examples may take.
+        half: whether to multiply in bfloat16, else in float32.
     """
-    rows, columns = left.shape[2], right.shape[2]
-    signed_left, signed_right = left * plan.row_sign, right * plan.column_sign
-    chunk = max(1, limit // (4 * rows * columns))
+    dtype = torch.bfloat16 if half else torch.float32
+    left, right = left.to(dtype), right.to(dtype)
+    chunk = max(1, limit // (dtype.itemsize * left.shape[2] * right.shape[2]))
     for begin in range(0, left.shape[0], chunk):
         part = slice(begin, begin + chunk)
-        product = signed_right[part].transpose(1, 2) @ signed_left[part]
-        add_dense_columns(plan, product, out[part])
+        add_dense_columns(plan, right[part].transpose(1, 2) @ left[part], out[part])
 
 
 def add_dense_columns(plan: MatrixPlan, product: Tensor, out: Tensor) -> None:
-    """Add a signed dense gradient, (B, C, R) with rows contiguous, into `out` (B, M)."""
+    """Add a dense gradient, (B, C, R) with rows contiguous, into `out` (B, M)."""
     for begin in range(0, product.shape[2], plan.dim):
-        block = product[:, :, begin : begin + plan.dim].contiguous()
+        part = slice(begin, begin + plan.dim)
         starts = (plan.column_bucket + plan.row_bucket[begin]) % plan.dim
-        shifted_add(block, starts, out)
+        block = product[:, :, part].contiguous()
+        shifted_add(block, starts, plan.row_sign[part], plan.column_sign, out)
 
 
 def add_fourier(plan: MatrixPlan, left: Tensor, right: Tensor, out: Tensor, limit: int) -> None:
     """Add the spectrum of the sketch of Σ_n left ⊗ right into `out`.
 
     Args:
-        plan, left, right: as for `add_outer`.
+        plan, left, right: as for `add_outer`, float32.
         out: (B, M // 2 + 1) complex64, added to in place.
         limit: most bytes that the spectra of a chunk of tokens may take.
     """

@@ -1,0 +1,167 @@
+"""The product δᵀa in bfloat16, the shifted adds after it, and the choice by measured costs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import sdi
+from sdi.errors import SpecError
+from sdi.sketch import costs, kernels, tensorsketch
+from sdi.sketch.plan import Hashing, MatrixPlan
+from tests.looped import LoopedModel, names, tokens
+
+CPU = torch.device("cpu")
+
+
+def plan_of(rows: int, columns: int, dim: int) -> MatrixPlan:
+    """The hashes of one matrix."""
+    plan = Hashing(dim, 0, "").plan("weight", (rows, columns))
+    assert isinstance(plan, MatrixPlan)
+    return plan
+
+
+def outer(plan: MatrixPlan, left: Tensor, right: Tensor, *, half: bool) -> Tensor:
+    """The sketch by way of the dense product."""
+    out = torch.zeros(left.shape[0], plan.dim)
+    tensorsketch.add_outer(plan, left, right, out, 1 << 16, half=half)
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "dim"), [(7, 64), (64, 64), (61, 64)])
+def test_shifted_add(rows: int, dim: int, dtype: torch.dtype) -> None:
+    """The compiled kernel and `index_add_` put the same entries into the same buckets."""
+    torch.manual_seed(rows)
+    product = torch.randn(3, 20, rows).to(dtype)
+    starts = torch.randint(0, dim, (20,))
+    row_sign, column_sign = torch.randn(rows).sign(), torch.randn(20).sign()
+    found, expected = torch.zeros(3, dim), torch.zeros(3, dim, dtype=torch.float64)
+    kernels.shifted_add(product, starts, row_sign, column_sign, found)
+    for c in range(20):
+        for r in range(rows):
+            entry = product[:, c, r].double() * row_sign[r] * column_sign[c]
+            expected[:, (int(starts[c]) + r) % dim] += entry
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-5)
+
+
+def test_shifted_add_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where numba is missing the sums are the same."""
+    torch.manual_seed(0)
+    plan, left, right = plan_of(90, 30, 64), torch.randn(2, 5, 90), torch.randn(2, 5, 30)
+    there = [outer(plan, left, right, half=half) for half in (False, True)]
+    monkeypatch.setattr(kernels, "_numba_kernel", lambda: None)
+    missing = [outer(plan, left, right, half=half) for half in (False, True)]
+    torch.testing.assert_close(there, missing, rtol=1e-5, atol=1e-5)
+
+
+def test_rounding_is_small_beside_the_sketch() -> None:
+    """Rounded products move a sketch by 0.3 % of its norm, and estimates far less than 1/√M."""
+    torch.manual_seed(0)
+    gap, own, added = [], [], []
+    for seed in range(24):
+        plan = Hashing(1024, seed, "").plan("weight", (160, 128))
+        assert isinstance(plan, MatrixPlan)
+        left, right = torch.randn(2, 32, 160), torch.randn(2, 32, 128)
+        right[1], left[1] = right[0] + right[1], left[0] + left[1]  # two rows alike
+        exact = left.transpose(1, 2) @ right
+        plain, rounded = (outer(plan, left, right, half=half) for half in (False, True))
+        scale = float(exact[0].norm() * exact[1].norm())
+        truth = float((exact[0] * exact[1]).sum())
+        gap.append(float((plain - rounded).norm() / plain.norm()))
+        own.append((float(plain[0] @ plain[1]) - truth) / scale)
+        added.append(float(rounded[0] @ rounded[1] - plain[0] @ plain[1]) / scale)
+    assert 1e-3 < max(gap) < 5e-3
+    root_mean_square = [torch.tensor(errors).square().mean().sqrt() for errors in (own, added)]
+    assert root_mean_square[1] < 0.1 * root_mean_square[0]
+
+
+@pytest.mark.parametrize(
+    ("products", "shape", "dim", "expected"),
+    [
+        ("auto", (128, 128), 4096, True),
+        ("auto", (128, 64), 4096, False),
+        ("auto", (128, 128), 1 << 15, False),
+        ("float32", (512, 512), 4096, False),
+        ("bfloat16", (4, 4), 64, True),
+    ],
+)
+def test_what_is_rounded(
+    products: tensorsketch.Products,
+    shape: tuple[int, int],
+    dim: int,
+    expected: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By itself it rounds large matrices whose sketch is coarser than that, where it pays."""
+    monkeypatch.setattr(tensorsketch, "multiplies_bfloat16", lambda _: True)
+    left, right = torch.zeros(1, 1, shape[0]), torch.zeros(1, 1, shape[1])
+    assert tensorsketch.rounds(products, plan_of(*shape, dim), left, right) is expected
+    monkeypatch.setattr(tensorsketch, "multiplies_bfloat16", lambda _: False)
+    unless_told = products == "bfloat16"
+    assert tensorsketch.rounds(products, plan_of(*shape, dim), left, right) is unless_told
+
+
+def test_sketcher_takes_products() -> None:
+    """A sketcher rounds where told to, says so, passes its self-check; others are refused."""
+    loop = sdi.Loop(LoopedModel(nn.Linear(16, 16)), "body")
+    plain = sdi.Sketcher(loop, dim=64, products="float32")
+    rounded = sdi.Sketcher(loop, dim=64, products="bfloat16", method="outer")
+    before, after = plain(tokens(), names(4)).values, rounded(tokens(), names(4)).values
+    assert not plain.rounded
+    assert rounded.rounded
+    assert 1e-4 < float((before - after).norm() / before.norm()) < 1e-2
+    report = sdi.self_check(rounded, tokens(), names(4))
+    assert report.worst < 1e-4
+    assert report.sketch is not None
+    assert report.sketch < 1e-2
+    with pytest.raises(SpecError, match="unknown products 'int8'"):
+        sdi.Sketcher(loop, dim=64, products="int8")  # type: ignore[arg-type]
+
+
+def test_costs_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Costs are kept in a file, read from there, and measured again where it is no good."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    asked: list[torch.device] = []
+    given = costs.Costs(1.0, 0.5, 2.0, 3.0, 4.0)
+
+    def measure(device: torch.device) -> costs.Costs:
+        asked.append(device)
+        return given
+
+    monkeypatch.setattr(costs, "measure", measure)
+    path = tmp_path / "sdi" / "costs.json"
+    for expected in (1, 1):
+        costs.costs.cache_clear()
+        assert costs.costs(CPU) == given
+        assert len(asked) == expected
+    for damaged in ("{", "[]", json.dumps({key: {} for key in json.loads(path.read_text())})):
+        path.write_text(damaged)
+        costs.costs.cache_clear()
+        assert costs.costs(CPU) == given
+        assert asdict(given) in json.loads(path.read_text()).values()
+    assert len(asked) == 4
+    costs.costs.cache_clear()
+
+
+def test_costs_of_this_machine() -> None:
+    """Every constant that is measured is a positive time."""
+    assert min(asdict(costs.measure(CPU)).values()) > 0
+
+
+@pytest.mark.parametrize(
+    ("tokens", "rows", "columns", "dim", "expected"),
+    [(128, 64, 64, 4096, "outer"), (1, 4096, 4096, 1024, "fourier")],
+)
+def test_the_cheaper_is_chosen(
+    tokens: int, rows: int, columns: int, dim: int, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One token of a wide layer goes through the transforms, a long row of a narrow one not."""
+    known = costs.Costs(product=0.01, half_product=0.005, add=0.1, transform=0.1, spectrum=0.3)
+    monkeypatch.setattr(tensorsketch, "costs", lambda _: known)
+    assert tensorsketch.choose(tokens, rows, columns, dim, CPU) == expected
