@@ -19,6 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sdi.sketch.fused import fused
 from sdi.sketch.kernels import has_numba, shifted_add
 from sdi.sketch.plan import MatrixPlan
 
@@ -46,6 +47,9 @@ def add_outer(plan: MatrixPlan, left: Tensor, right: Tensor, out: Tensor, limit:
         out: (B, M) float32, added to in place.
         limit: most bytes that the dense product of a chunk of examples may take.
     """
+    if (kernels := fused(left.device)) is not None:
+        kernels.outer(plan, left, right, out, limit=limit)
+        return
     rows, columns = left.shape[2], right.shape[2]
     signed_left, signed_right = left * plan.row_sign, right * plan.column_sign
     chunk = max(1, limit // (4 * rows * columns))
@@ -71,6 +75,9 @@ def add_fourier(plan: MatrixPlan, left: Tensor, right: Tensor, out: Tensor, limi
         out: (B, M // 2 + 1) complex64, added to in place.
         limit: most bytes that the spectra of a chunk of tokens may take.
     """
+    if (kernels := fused(left.device)) is not None:
+        kernels.fourier(plan, left, right, out, limit=limit)
+        return
     batch, tokens, _ = left.shape
     chunk = max(1, limit // (16 * (plan.dim + 2) * tokens))
     for begin in range(0, batch, chunk):

@@ -1,0 +1,213 @@
+"""Every GPU kernel against float64, over many shapes and types.
+
+    python -m tests.benchmarks.kernelcheck [--device cuda] [--json FILE] [--compile]
+
+On the CPU the kernels run under Triton's interpreter. With --compile they are compiled ahead of
+time for GPUs that need not be there, since the interpreter accepts much that the compiler refuses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sdi.sketch.plan import Hashing, MatrixPlan
+
+
+@dataclass(frozen=True)
+class Shape:
+    """B examples of n tokens, an (R, C) matrix, M buckets.
+
+    Attributes:
+        zero: whether the last example's left factor is zero.
+        strided: whether the factors and the sum are views with strides of their own.
+        tile: rows, columns, tokens and group of the tile, where not the default.
+    """
+
+    examples: int
+    tokens: int
+    rows: int
+    columns: int
+    dim: int
+    dtype: str = "float32"
+    zero: bool = False
+    strided: bool = False
+    tile: tuple[int, int, int, int] | None = None
+
+
+NAMED = (
+    Shape(1, 1, 1, 1, 2),
+    Shape(1, 1, 64, 64, 128, "bfloat16"),
+    Shape(2, 16, 128, 64, 256, "bfloat16"),
+    Shape(2, 17, 130, 67, 257, "float16"),
+    Shape(3, 33, 65, 129, 64, "bfloat16", zero=True),  # R, C > M
+    Shape(2, 5, 300, 40, 100),  # R > M, blocks that no tile divides
+    Shape(2, 5, 40, 300, 100, "bfloat16", strided=True),  # C > M
+    Shape(2, 40, 70, 50, 31, zero=True, strided=True),  # M below a tile
+    Shape(2, 20, 96, 80, 1024, "bfloat16", tile=(32, 32, 16, 1)),  # no groups
+    Shape(2, 20, 96, 80, 128, tile=(64, 32, 16, 4)),
+    Shape(1, 300, 40, 30, 4096, "bfloat16"),  # columns far apart
+)
+
+
+def drawn(seed: int, count: int, largest: int = 200) -> Iterator[Shape]:
+    """Random shapes, the same ones for a seed."""
+    draw = random.Random(seed)
+    for _ in range(count):
+        yield Shape(
+            draw.randint(1, 3),
+            draw.randint(1, 80),
+            draw.randint(1, largest),
+            draw.randint(1, largest),
+            draw.randint(2, 2 * largest),
+            draw.choice(("float32", "bfloat16", "float16")),
+            draw.random() < 0.3,
+            draw.random() < 0.3,
+        )
+
+
+def factors(shape: Shape, device: str) -> tuple[MatrixPlan, Tensor, Tensor]:
+    """The plan and the two factors, (B, n, R) and (B, n, C)."""
+    torch.manual_seed(1)
+    plan = Hashing(shape.dim, 3, "check").plan("w", (shape.rows, shape.columns), device)
+    assert isinstance(plan, MatrixPlan)
+    made = []
+    for size in (shape.rows, shape.columns):
+        one = torch.randn(shape.examples, shape.tokens, size).to(
+            device, getattr(torch, shape.dtype)
+        )
+        made.append(one.transpose(1, 2).contiguous().transpose(1, 2) if shape.strided else one)
+    if shape.zero:
+        made[0][-1] = 0
+    return plan, made[0], made[1]
+
+
+def reference(plan: MatrixPlan, left: Tensor, right: Tensor) -> Tensor:
+    """(B, M) float64, by way of the dense product."""
+    signs = plan.row_sign.double()[:, None] * plan.column_sign.double()
+    product = (left.double().transpose(1, 2) @ right.double()) * signs
+    out = torch.zeros(left.shape[0], plan.dim, dtype=torch.float64, device=left.device)
+    return out.index_add_(1, plan.buckets().reshape(-1), product.flatten(1))
+
+
+def checked(shape: Shape, device: str) -> dict[str, Any]:
+    """The worst entry's error of each kernel, as a share of the largest entry of an example.
+
+    The sums do not start at zero: what is taken off again is exact.
+    """
+    from sdi.sketch.triton_fourier import fused_fourier
+    from sdi.sketch.triton_outer import Tile, fused_outer
+
+    plan, left, right = factors(shape, device)
+    wanted = 0.5 * reference(plan, left, right)
+    tile = None if shape.tile is None else Tile(*shape.tile[:3], group=shape.tile[3])
+    wide = torch.zeros(shape.examples, 1 + shape.strided, shape.dim, device=device)
+    limit = 16 * (shape.dim + 2) * 50  # small enough for several chunks
+    sums, begun = wide[:, 0], wanted.float().round()
+    sums += begun
+    fused_outer(plan, left, right, sums, scale=0.5, limit=limit, tile=tile)
+    spectrum = torch.zeros(shape.examples, shape.dim // 2 + 1, dtype=torch.complex64, device=device)
+    fused_fourier(plan, left, right, spectrum, scale=0.5, limit=limit)
+    found = {
+        "outer": sums.double() - begun.double(),
+        "fourier": torch.fft.irfft(spectrum, n=shape.dim).double(),
+    }
+    size = wanted.abs().amax(dim=1, keepdim=True).clamp(min=1e-30)
+    if shape.zero:
+        size[-1] = 1e-30  # a zero example has exactly zero sums
+    errors = {name: float(((value - wanted) / size).abs().max()) for name, value in found.items()}
+    others = bool((wide[:, 1:] == 0).all())  # rows between those of a strided sum are left alone
+    return {**asdict(shape), **errors, "others untouched": others}
+
+
+def compiled(capability: int) -> list[dict[str, Any]]:
+    """What the compiler makes of each kernel for a compute capability (80, 90)."""
+    from sdi.sketch import triton_fourier, triton_outer
+
+    constants = {"COLUMNS": 64, "PRECISION": "ieee", "WIDEN": False, "left_row": 1}
+    constants["right_column"] = 1
+    lines = []
+    for kind, tile in (("bf16", triton_outer.HALF), ("fp32", triton_outer.SINGLE)):
+        cut = {"ROWS": tile.rows, "COLUMNS": tile.columns, "TOKENS": tile.tokens}
+        pointers = {"left": kind, "right": kind, "row_bucket": "i64", "column_bucket": "i32"}
+        pointers |= dict.fromkeys(("row_sign", "column_sign", "out"), "fp32")
+        for group in (1, 8):
+            given = constants | cut | {"GROUP": group}
+            options = {"num_warps": tile.warps, "num_stages": tile.stages}
+            made = _compile(triton_outer._outer, pointers, given, options, capability)
+            lines.append({"kernel": f"outer {kind} group {group}", **made})
+    pointers = {"values": "bf16", "source": "i32", "sign": "fp32", "out": "fp32"}
+    made = _compile(triton_fourier._place, pointers, triton_fourier.PLACED, {}, capability)
+    lines.append({"kernel": "place", **made})
+    pointers = {"left": "fp32", "right": "fp32", "out": "fp32"}
+    made = _compile(triton_fourier._multiply, pointers, triton_fourier.MULTIPLIED, {}, capability)
+    return [*lines, {"kernel": "multiply", **made}]
+
+
+def _compile(
+    kernel: Any,
+    pointers: dict[str, str],
+    constants: dict[str, Any],
+    options: dict[str, int],
+    capability: int,
+) -> dict[str, Any]:
+    """Shared memory in bytes, and how often the program writes and adds to global memory."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = kernel.arg_names
+    types = {name: "fp32" if name == "scale" else "i32" for name in names}
+    types |= {name: f"*{kind}" for name, kind in pointers.items()}
+    types |= dict.fromkeys(constants, "constexpr")
+    fixed = {(names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, types, fixed)
+    made = triton.compile(
+        source,
+        target=GPUTarget("cuda", capability, 32),
+        options={**options, "enable_fp_fusion": True},
+    )
+    text = made.asm["ptx"]
+    return {
+        "shared": made.metadata.shared,
+        "stores": text.count("st.global"),
+        "adds": text.count("red."),
+        "products": text.count("mma"),
+        "spills": text.count("st.local"),
+    }
+
+
+def main() -> None:
+    """Check, print the worst errors, and write the lines."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.kernelcheck")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--random", type=int, default=8, help="how many random shapes")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--compile", action="store_true")
+    given = parser.parse_args()
+    if given.compile:
+        lines = [{"capability": c, **line} for c in (80, 90) for line in compiled(c)]
+    else:
+        if given.device == "cpu":
+            os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+        shapes = (*NAMED, *drawn(given.seed, given.random))
+        lines = [checked(shape, given.device) for shape in shapes]
+        for name in ("outer", "fourier"):
+            sys.stdout.write(f"{name}: worst error {max(line[name] for line in lines):.1e}\n")
+    if given.json:
+        given.json.write_text(json.dumps(lines))
+
+
+if __name__ == "__main__":
+    main()
