@@ -16,6 +16,8 @@ FILES = sorted([*(ROOT / "sdi").rglob("*.py"), *(ROOT / "curate").rglob("*.py")]
 SDI_NEEDS = {"torch", "numpy", "sdi"}
 #: What sdi imports inside functions, where a checkpoint or speed asks for it.
 SDI_MAY = {"safetensors", "transformers", "numba", "triton"}
+#: Files of kernels, which are loaded inside a function of `sdi.sketch.fused` alone.
+KERNELS = {"triton_outer", "triton_fourier"}
 
 
 def imports(path: Path, *, top_level: bool = False) -> Iterator[str]:
@@ -43,8 +45,18 @@ def test_sdi_never_imports_curate(path: Path) -> None:
     """Imports go one way, and sdi needs nothing beside torch and numpy to be imported."""
     assert "curate" not in set(imports(path))
     own = set(sys.stdlib_module_names) | SDI_NEEDS
-    assert set(imports(path, top_level=True)) <= own
+    loaded = own | {"triton"} if path.stem in KERNELS else own
+    assert set(imports(path, top_level=True)) <= loaded
     assert set(imports(path)) <= own | SDI_MAY
+
+
+def test_kernels_are_loaded_by_one_file_when_asked_for() -> None:
+    """What needs triton is imported by `sdi.sketch.fused` only, inside a function."""
+    asking = {path.stem for path in FILES if "sketch.triton_" in path.read_text("utf-8")}
+    assert asking - KERNELS == {"fused"}
+    code = "import sys, sdi, sdi.sketch.fused; print('triton' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
 
 
 def test_click_is_in_the_command_files_only() -> None:
