@@ -3,10 +3,11 @@
 How. A program multiplies a tile of one example's δᵀa on the tensor cores, float32 sums in
 registers, then signs it. Row r of a column goes to bucket h_in(column) + h_out(0) + r, so a column
 is a run of consecutive buckets. The columns are put in the order of h_in beforehand (a copy of the
-right factor, no larger than itself): the runs of `group` neighbouring columns then start close
+right factor, hardly larger than itself): the runs of `group` neighbouring columns then start close
 together and overlap. Each run is turned within the tile by its distance from the first of its group
-(`tl.gather`), the group is added up in registers, and one run of at most twice the tile's rows goes
-out by coalesced atomic adds: `group` columns cost about as many atomics as one or two.
+(`tl.gather`, in shared memory), the group is added up in registers, and one run of at most twice
+the tile's rows goes out by coalesced atomic adds: `group` columns cost about as many atomics as one
+or two. Where the next column starts too far off, its group is filled up with columns of sign 0.
 
 Why. At 128 tokens an example the product is so cheap that one atomic an entry would cost more than
 the product does. The grid is over examples and tiles, so one launch serves a whole batch.
@@ -19,6 +20,7 @@ Uses of several steps are not joined in one launch: their factors would have to 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -60,15 +62,21 @@ HALVES = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class _Columns:
-    """The columns of a plan by bucket: `order` (C,) int64, `bucket` (C,) int32, `sign` (C,)."""
+    """The columns as a launch takes them, C' ≥ C of them.
 
-    order: Tensor
+    Attributes:
+        group: how many neighbours are added up.
+        order: (C',) int64, which column stands there; None is their own order.
+        bucket, sign: (C',) int32 and float32; sign 0 where a group is filled up.
+    """
+
+    group: int
+    order: Tensor | None
     bucket: Tensor
     sign: Tensor
-    spans: dict[int, int]  # group size → greatest distance of two buckets of one group
 
 
-_sorted: WeakIdKeyDictionary = WeakIdKeyDictionary()  # plan → _Columns, while the plan lives
+_packed: WeakIdKeyDictionary = WeakIdKeyDictionary()  # plan → {tile: _Columns}, while it lives
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -139,9 +147,14 @@ def _outer(
         grouped = tl.reshape(bucket, (COLUMNS // GROUP, GROUP))
         base = tl.min(grouped, axis=1)
         away = tl.where(grouped == _FAR, 0, grouped - base[:, None])
-        span = tl.max(away, axis=1)[:, None]  # at most ROWS, see `_group`
+        span = tl.max(away, axis=1)[:, None]  # at most ROWS, see `_pack`
         shift = tl.reshape(away, (COLUMNS,))[:, None]
-        turned = tl.gather(total, (k - shift) & (ROWS - 1), axis=1)
+        # Gathered along one long axis: along the tile's own, triton 3.9 shuffles between lanes,
+        # six times an entry.
+        source = tl.arange(0, COLUMNS)[:, None] * ROWS + ((k - shift) & (ROWS - 1))
+        size: tl.constexpr = COLUMNS * ROWS
+        turned = tl.gather(tl.reshape(total, (size,)), tl.reshape(source, (size,)), axis=0)
+        turned = tl.reshape(turned, (COLUMNS, ROWS))
         low = tl.where(k >= shift, turned, 0.0)
         high = tl.where(k < shift, turned, 0.0)
         low = tl.sum(tl.reshape(low, (COLUMNS // GROUP, GROUP, ROWS)), axis=1)
@@ -182,13 +195,15 @@ def fused_outer(
     if 0 in left.shape or right.shape[2] == 0:
         return
     tile = tile or (SINGLE if left.dtype == torch.float32 else HALF)
-    columns, group = _columns(plan), _group(_columns(plan), tile)
+    columns = _columns(plan, tile)
     chunk = max(1, limit // (right.element_size() * right.shape[1] * right.shape[2]))
     with on_device(left):
         for begin in range(0, left.shape[0], chunk):
             part = slice(begin, begin + chunk)
-            by_bucket = right[part].index_select(2, columns.order)
-            _launch(plan, columns, left[part], by_bucket, out[part], scale, tile, group)
+            ordered = right[part]
+            if columns.order is not None:
+                ordered = ordered.index_select(2, columns.order)
+            _launch(plan, columns, left[part], ordered, out[part], scale, tile)
 
 
 def _launch(
@@ -199,7 +214,6 @@ def _launch(
     out: Tensor,
     scale: float,
     tile: Tile,
-    group: int,
 ) -> None:
     """One launch for each block of M rows: within one, rows have consecutive buckets."""
     exact = torch.get_float32_matmul_precision() == "highest"
@@ -219,7 +233,7 @@ def _launch(
             ROWS=tile.rows,
             COLUMNS=tile.columns,
             TOKENS=tile.tokens,
-            GROUP=group,
+            GROUP=columns.group,
             PRECISION="ieee" if exact else "tf32",
             WIDEN=bool(triton.knobs.runtime.interpret),
             num_warps=tile.warps,
@@ -228,27 +242,45 @@ def _launch(
         )
 
 
-def _columns(plan: MatrixPlan) -> _Columns:
-    """The plan's columns by bucket, found once."""
-    if plan not in _sorted:
-        bucket, order = plan.column_bucket.sort(stable=True)
-        spans, size = {}, 1
-        while size <= 256:
-            ends = torch.arange(size - 1, len(bucket) + size - 1, size).clamp(max=len(bucket) - 1)
-            last = bucket[ends.to(bucket.device)]
-            spans[size] = int((last - bucket[::size]).max())
-            size *= 2
-        _sorted[plan] = _Columns(order, bucket.int(), plan.column_sign[order], spans)
-    found: _Columns = _sorted[plan]
-    return found
+def _columns(plan: MatrixPlan, tile: Tile) -> _Columns:
+    """The plan's columns for a tile, found once: the largest groups that add a tenth at most."""
+    if plan not in _packed:
+        _packed[plan] = {}
+    known: dict[Tile, _Columns] = _packed[plan]
+    if tile not in known:
+        known[tile] = _found(plan, tile)
+    return known[tile]
 
 
-def _group(columns: _Columns, tile: Tile) -> int:
-    """The largest group whose runs start within a tile's rows of each other."""
-    group = min(tile.group, tile.columns)
-    while group > 1 and columns.spans[group] > tile.rows:
+def _found(plan: MatrixPlan, tile: Tile) -> _Columns:
+    bucket, order = plan.column_bucket.sort(stable=True)
+    ascending, group = bucket.tolist(), min(tile.group, tile.columns)
+    while group > 1:
+        places, signs = _pack(ascending, group, tile.rows)
+        if len(places) <= 1.1 * len(ascending):
+            at = torch.tensor(places, device=order.device)
+            sign = plan.column_sign[order[at]] * torch.tensor(signs, device=order.device)
+            return _Columns(group, order[at], bucket[at].int(), sign)
         group //= 2
-    return group
+    return _Columns(1, None, plan.column_bucket.int(), plan.column_sign)
+
+
+def _pack(bucket: list[int], group: int, reach: int) -> tuple[list[int], list[float]]:
+    """Ascending buckets in groups whose last is within `reach` of its first.
+
+    Returns the place of each in `bucket`, and 1.0, or 0.0 where a group is filled up with its first
+    (the last group is not).
+    """
+    places: list[int] = []
+    signs: list[float] = []
+    begin = 0
+    while begin < len(bucket):
+        end = min(begin + group, bisect_right(bucket, bucket[begin] + reach, begin))
+        fill = 0 if end == len(bucket) else group - (end - begin)
+        places += [*range(begin, end), *[begin] * fill]
+        signs += [1.0] * (end - begin) + [0.0] * fill
+        begin = end
+    return places, signs
 
 
 def on_device(tensor: Tensor) -> AbstractContextManager[Any]:

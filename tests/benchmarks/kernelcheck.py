@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import random
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -131,27 +132,35 @@ def checked(shape: Shape, device: str) -> dict[str, Any]:
 
 
 def compiled(capability: int) -> list[dict[str, Any]]:
-    """What the compiler makes of each kernel for a compute capability (80, 90)."""
+    """What the compiler makes of each kernel for a compute capability (80, 90).
+
+    Once as it is launched, and once with sizes and strides of 1, which Triton makes constants.
+    """
     from sdi.sketch import triton_fourier, triton_outer
 
-    constants = {"COLUMNS": 64, "PRECISION": "ieee", "WIDEN": False, "left_row": 1}
-    constants["right_column"] = 1
     lines = []
     for kind, tile in (("bf16", triton_outer.HALF), ("fp32", triton_outer.SINGLE)):
         cut = {"ROWS": tile.rows, "COLUMNS": tile.columns, "TOKENS": tile.tokens}
+        cut |= {"PRECISION": "ieee", "WIDEN": False}
         pointers = {"left": kind, "right": kind, "row_bucket": "i64", "column_bucket": "i32"}
         pointers |= dict.fromkeys(("row_sign", "column_sign", "out"), "fp32")
+        options = {"num_warps": tile.warps, "num_stages": tile.stages}
         for group in (1, 8):
-            given = constants | cut | {"GROUP": group}
-            options = {"num_warps": tile.warps, "num_stages": tile.stages}
-            made = _compile(triton_outer._outer, pointers, given, options, capability)
-            lines.append({"kernel": f"outer {kind} group {group}", **made})
+            for ones in (("left_row", "right_column"), ("tokens", "rows", "columns", "left_token")):
+                given = {**cut, "GROUP": group, **dict.fromkeys(ones, 1)}
+                made = _compile(triton_outer._outer, pointers, given, options, capability)
+                lines.append({"kernel": f"outer {kind} group {group}", "ones": ones, **made})
     pointers = {"values": "bf16", "source": "i32", "sign": "fp32", "out": "fp32"}
-    made = _compile(triton_fourier._place, pointers, triton_fourier.PLACED, {}, capability)
-    lines.append({"kernel": "place", **made})
+    for ones in ((), ("tokens", "blocks", "values_token")):
+        given = triton_fourier.PLACED | dict.fromkeys(ones, 1)
+        made = _compile(triton_fourier._place, pointers, given, {}, capability)
+        lines.append({"kernel": "place", "ones": ones, **made})
     pointers = {"left": "fp32", "right": "fp32", "out": "fp32"}
-    made = _compile(triton_fourier._multiply, pointers, triton_fourier.MULTIPLIED, {}, capability)
-    return [*lines, {"kernel": "multiply", **made}]
+    for ones in ((), ("tokens",)):
+        given = triton_fourier.MULTIPLIED | dict.fromkeys(ones, 1)
+        made = _compile(triton_fourier._multiply, pointers, given, {}, capability)
+        lines.append({"kernel": "multiply", "ones": ones, **made})
+    return lines
 
 
 def _compile(
@@ -181,7 +190,7 @@ def _compile(
     return {
         "shared": made.metadata.shared,
         "stores": text.count("st.global"),
-        "adds": text.count("red."),
+        "adds": len(re.findall(r"\b(?:red|atom)\.", text)),
         "products": text.count("mma"),
         "spills": text.count("st.local"),
     }
