@@ -99,6 +99,18 @@ def test_fourier_writes_its_sums_once(built: list[dict[str, Any]]) -> None:
             assert line["stores"] == 0 and line["adds"] == 2, line
 
 
+@needs_triton
+def test_whole_pass_is_the_one_in_torch(tmp_path: Path) -> None:
+    """A pass whose matrices all go through the kernels gives the sketches of a pass in torch, in
+    float32 and bf16, with learning rates that scale the gradients.
+    """
+    lines = lines_of(tmp_path, "--pass")
+    assert len(lines) == 4
+    for line in lines:
+        assert line["used"] == [line["method"]], line
+        assert line["gap"] < 1e-5, line
+
+
 def test_a_cpu_tensor_keeps_to_torch() -> None:
     """Without a GPU nothing asks for triton: the evaluation stays the one in torch."""
     assert fused(torch.device("cpu")) is None

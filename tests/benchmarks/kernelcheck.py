@@ -1,9 +1,10 @@
 """Every GPU kernel against float64, over many shapes and types.
 
-    python -m tests.benchmarks.kernelcheck [--device cuda] [--json FILE] [--compile]
+    python -m tests.benchmarks.kernelcheck [--device cuda] [--json FILE] [--compile | --pass]
 
 On the CPU the kernels run under Triton's interpreter. With --compile they are compiled ahead of
 time for GPUs that need not be there, since the interpreter accepts much that the compiler refuses.
+With --pass whole passes with the kernels are held against passes in torch.
 """
 
 from __future__ import annotations
@@ -131,6 +132,47 @@ def checked(shape: Shape, device: str) -> dict[str, Any]:
     return {**asdict(shape), **errors, "others untouched": others}
 
 
+def whole_passes(device: str) -> list[dict[str, Any]]:
+    """Sketches of a looped model with the kernels beside those in torch, the same device."""
+    import sdi
+    from sdi.sketch import tensorsketch
+    from sdi.sketch.fused import Fused
+    from sdi.sketch.triton_fourier import fused_fourier
+    from sdi.sketch.triton_outer import fused_outer
+    from tests.benchmarks.gpumodels import SMALL, LoopedStack
+
+    used: list[str] = []
+
+    def noted(name: str, kernel: Any) -> Any:
+        return lambda *given, **more: (used.append(name), kernel(*given, **more))
+
+    kernels = Fused(noted("outer", fused_outer), noted("fourier", fused_fourier))
+    torch.manual_seed(0)
+    stack = LoopedStack(SMALL[0]).to(device)
+    ids = torch.randint(0, SMALL[0].vocabulary, (3, SMALL[0].tokens), device=device)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    lines = []
+    for dtype in (torch.float32, torch.bfloat16):
+        for method in ("outer", "fourier"):
+            values = []
+            for serving in (None, kernels):
+                tensorsketch.fused = lambda _, serving=serving: serving
+                used.clear()
+                loop = sdi.Loop(stack.to(dtype), "body")
+                sketcher = sdi.Sketcher(loop, dim=64, method=method, rates=_rates(loop))
+                values.append(sketcher(batch, ["a", "b", "c"]).values)
+            gap = float((values[0] - values[1]).abs().max() / values[0].abs().max())
+            lines.append(
+                {"dtype": str(dtype), "method": method, "gap": gap, "used": sorted({*used})}
+            )
+    return lines
+
+
+def _rates(loop: Any) -> dict[str, float]:
+    """Learning rates that differ, so that gradients are scaled."""
+    return {name: 1.0 + number % 3 for number, name in enumerate(loop.parameters())}
+
+
 def compiled(capability: int) -> list[dict[str, Any]]:
     """What the compiler makes of each kernel for a compute capability (80, 90).
 
@@ -203,13 +245,17 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--random", type=int, default=8, help="how many random shapes")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--compile", action="store_true")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--compile", action="store_true")
+    what.add_argument("--pass", action="store_true", dest="whole")
     given = parser.parse_args()
-    if given.compile:
+    if given.device == "cpu" and not given.compile:
+        os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+    if given.whole:
+        lines = whole_passes(given.device)
+    elif given.compile:
         lines = [{"capability": c, **line} for c in (80, 90) for line in compiled(c)]
     else:
-        if given.device == "cpu":
-            os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
         shapes = (*NAMED, *drawn(given.seed, given.random))
         lines = [checked(shape, given.device) for shape in shapes]
         for name in ("outer", "fourier"):
