@@ -37,7 +37,7 @@ class _Sources:
 _found: WeakIdKeyDictionary = WeakIdKeyDictionary()  # plan → _Sources, while the plan lives
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["tokens"])  # type: ignore[untyped-decorator]
 def _place(
     values: tl.tensor,
     source: tl.tensor,
@@ -64,7 +64,7 @@ def _place(
     tl.store(target, total * scale, (token < tokens) & (k < dim)[None, :])
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["tokens", "size"])  # type: ignore[untyped-decorator]
 def _multiply(
     left: tl.tensor,
     right: tl.tensor,

@@ -79,7 +79,8 @@ class _Columns:
 _packed: WeakIdKeyDictionary = WeakIdKeyDictionary()  # plan → {tile: _Columns}, while it lives
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+# Lengths vary from batch to batch: they must not make a program each.
+@triton.jit(do_not_specialize=["tokens", "dim"])  # type: ignore[untyped-decorator]
 def _outer(
     left: tl.tensor,
     right: tl.tensor,

@@ -30,9 +30,11 @@ class Model:
     dtype: str = "bfloat16"
 
 
-# The paper's 135M model; a stack of Ouro's size, of this module's own blocks.
+# The paper's 135M model, at two sizes of batch to tell what launching costs; a stack of Ouro's
+# size, of plain blocks.
 MODELS = (
     Model("table 1", 768, 12, (2, 4, 2), 32, 128, 40, 8192, 50304),
+    Model("table 1, 80 rows", 768, 12, (2, 4, 2), 32, 128, 80, 8192, 50304),
     Model("ouro-shaped", 2048, 16, (0, 24, 0), 4, 1024, 4, 8192, 49152),
 )
 SMALL = (Model("small", 32, 4, (1, 2, 1), 2, 8, 2, 64, 64),)
