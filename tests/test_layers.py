@@ -15,7 +15,13 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted([*(ROOT / "sdi").rglob("*.py"), *(ROOT / "curate").rglob("*.py")])
 SDI_NEEDS = {"torch", "numpy", "sdi"}
 #: What sdi imports inside functions, where a checkpoint or speed asks for it.
-SDI_MAY = {"safetensors", "transformers", "numba", "triton"}
+SDI_MAY = {"safetensors", "transformers", "numba", "llvmlite", "triton"}
+#: Files of kernels and what they are written with: each is loaded inside a function only.
+KERNELS = {
+    "triton_outer": {"triton"},
+    "triton_fourier": {"triton"},
+    "compiled": {"numba", "llvmlite"},
+}
 
 
 def imports(path: Path, *, top_level: bool = False) -> Iterator[str]:
@@ -43,8 +49,15 @@ def test_sdi_never_imports_curate(path: Path) -> None:
     """Imports go one way, and sdi needs nothing beside torch and numpy to be imported."""
     assert "curate" not in set(imports(path))
     own = set(sys.stdlib_module_names) | SDI_NEEDS
-    assert set(imports(path, top_level=True)) <= own
+    assert set(imports(path, top_level=True)) <= own | KERNELS.get(path.stem, set())
     assert set(imports(path)) <= own | SDI_MAY
+
+
+def test_kernels_are_loaded_when_asked_for() -> None:
+    """Importing sdi and its sketches loads neither triton nor numba."""
+    code = "import sys, sdi.sinks; print({'triton', 'numba'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
 
 
 def test_click_is_in_the_command_files_only() -> None:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from sdi.sketch.costs import costs, multiplies_bfloat16
+from sdi.sketch.fused import fused
 from sdi.sketch.kernels import shifted_add
 from sdi.sketch.plan import MatrixPlan
 
@@ -67,6 +68,9 @@ def add_outer(
     """
     dtype = torch.bfloat16 if half else torch.float32
     left, right = left.to(dtype), right.to(dtype)
+    if (kernels := fused(left.device)) is not None:
+        kernels.outer(plan, left, right, out, limit=limit)
+        return
     chunk = max(1, limit // (dtype.itemsize * left.shape[2] * right.shape[2]))
     for begin in range(0, left.shape[0], chunk):
         part = slice(begin, begin + chunk)
@@ -90,6 +94,9 @@ def add_fourier(plan: MatrixPlan, left: Tensor, right: Tensor, out: Tensor, limi
         out: (B, M // 2 + 1) complex64, added to in place.
         limit: most bytes that the spectra of a chunk of tokens may take.
     """
+    if (kernels := fused(left.device)) is not None:
+        kernels.fourier(plan, left, right, out, limit=limit)
+        return
     batch, tokens, _ = left.shape
     chunk = max(1, limit // (16 * (plan.dim + 2) * tokens))
     for begin in range(0, batch, chunk):
