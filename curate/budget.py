@@ -136,7 +136,7 @@ def measure(run: Pass, rows: Rows, device: torch.device, held: Sequence[Tensor])
     run(rows.batch(1, lengths[0]))  # makes the hashes, which stay
     base, known = 0, dict[int, int]()
     for length in lengths:
-        _refuse_too_long(known, base, rows.lengths[-1], free, device)
+        _refuse_too_long(known, base, length, rows.lengths[-1], free, device)
         pair = free is None or not known or base + 2 * expected(known, length) <= free
         taken = _peaks(run, rows, length, 2 if pair else 1, device, held)
         if taken is None:
@@ -168,14 +168,18 @@ def _peaks(
 
 
 def _refuse_too_long(
-    known: dict[int, int], base: int, longest: int, free: int | None, device: torch.device
+    known: dict[int, int],
+    base: int,
+    length: int,
+    longest: int,
+    free: int | None,
+    device: torch.device,
 ) -> None:
-    """Refuse before a longer row is run if one of the longest is not expected to fit."""
-    if free is None or not known:
+    """Refuse before a row of a length is run that is not expected to fit."""
+    if free is None or not known or base + expected(known, length) <= free:
         return
     need = base + expected(known, longest)
-    if need > free:
-        raise CurateError(_does_not_fit(longest, need, free, device, known))
+    raise CurateError(_does_not_fit(longest, need, free, device, known))
 
 
 def expected(known: dict[int, int], length: int) -> int:

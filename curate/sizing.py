@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 import sdi
 from curate.batches import Batch
-from curate.batchpass import Sketch, draws, sketched
+from curate.batchpass import Sketch, draws, moved, seeded
 from curate.budget import (
     DEFAULT,
     Found,
@@ -41,6 +42,8 @@ from sdi.errors import LossError
 #: Where the manifest's details say what the budget was decided by.
 DETAILS = "batch"
 _PROBED_ROWS = 64
+# Errors of some row of the data: the run names it when it comes to it, and keeps what is before.
+_OF_ROWS = (LossError, IndexError)
 
 
 def rows_of(sets: Mapping[str, ExampleSet], most: int, checkpoints: int) -> Rows:
@@ -88,10 +91,10 @@ class Sizing:
             found = {"why": "asked for", "need": asdict(need) if need is not None else None}
             _note(self.run, asked, found)
             return asked
-        if need is None:
-            _note(self.run, DEFAULT, {"why": "the longest rows have no finite loss"})
+        chosen = self._found(need) if need is not None else None
+        if chosen is None:
+            _note(self.run, DEFAULT, {"why": "the longest rows cannot be passed"})
             return DEFAULT
-        chosen = self._found(need)
         _note(self.run, chosen.tokens, chosen.as_dict())
         return chosen.tokens
 
@@ -120,21 +123,23 @@ class Sizing:
         return lower
 
     def _pass(self, batch: Batch) -> sdi.Part:
-        return sketched(self.sketch, batch, self.device)
+        with seeded(int(batch.rows[0])):
+            return self.sketch(moved(batch, self.device), batch.ids)
 
     def _takes(self, need: Need, budget: int) -> int:
         return need.worst(self.rows.lengths, budget, self.rows.most)
 
-    def _found(self, need: Need) -> Found:
+    def _found(self, need: Need) -> Found | None:
         probe = self.rows.batch(1, self.rows.lengths[0])
         timed = not draws(self.sketch, probe, self.device)
-        return find(self._pass, self.rows, need, self.device, timed=timed)
+        with suppress(*_OF_ROWS):
+            return find(self._pass, self.rows, need, self.device, timed=timed)
+        return None
 
     def _measured(self) -> Need | None:
-        try:
+        with suppress(*_OF_ROWS):
             return measure(self._pass, self.rows, self.device, self.held)
-        except LossError:  # of a row of the data: the run names it when it comes to it
-            return None
+        return None
 
     def _known(self) -> Need | None:
         """What the manifest says, if it is of this device and of rows as long."""
