@@ -35,6 +35,13 @@ def test_views_and_what_was_there_before_count_nothing() -> None:
     assert peak_of(lambda: held.view(10, 100).T, CPU) == int(4000 * CPU_SPILL)
 
 
+def test_sparse_tensors_do_not_stop_the_count() -> None:
+    """A sparse tensor has no storage of its own; its indices and values are counted."""
+    dense = torch.eye(100)
+    taken = peak_of(dense.to_sparse, CPU, [dense, dense.to_sparse()])
+    assert taken >= int(100 * (4 + 2 * 8) * CPU_SPILL)
+
+
 def test_what_autograd_keeps_is_counted() -> None:
     """Activations kept for the backward pass are in the peak: it grows by each layer's output."""
 
