@@ -125,13 +125,13 @@ class _Weighing(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.now, self.peak = 0, 0
         self._alive: dict[int, tuple[int, Any]] = {}
         for tensor in held:
-            if (storage := _storage(tensor)) is not None:
+            for storage in _storages(tensor):
                 self._see(storage, 0)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(output):
-            if isinstance(tensor, Tensor) and (storage := _storage(tensor)) is not None:
+            for storage in _storages(tensor) if isinstance(tensor, Tensor) else ():
                 self._see(storage, storage.nbytes())
         self.peak = max(self.peak, self.now)
         return output
@@ -148,12 +148,14 @@ class _Weighing(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.now -= self._alive.pop(key)[0]
 
 
-def _storage(tensor: Tensor) -> torch.UntypedStorage | None:
-    """What a tensor's numbers lie in; sparse ones and wrappers have none: their parts are seen."""
+def _storages(tensor: Tensor) -> list[torch.UntypedStorage]:
+    """What a tensor's numbers lie in; a wrapper has none of its own, its parts are seen."""
+    sparse = tensor.layout == torch.sparse_coo
+    parts = (tensor._indices(), tensor._values()) if sparse else (tensor,)
     try:
-        return tensor.untyped_storage()
+        return [part.untyped_storage() for part in parts]
     except (NotImplementedError, RuntimeError):
-        return None
+        return []
 
 
 def ran_out(error: BaseException) -> bool:
