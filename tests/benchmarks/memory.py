@@ -10,7 +10,8 @@ table of decisions.
 
 With `--batches` instead: what a sketch pass takes, on looped GPTs of some sizes. What
 `curate.budget` foretells from passes of two rows is printed beside the growth of the peak that was
-seen; a share above 1 would be memory that it does not know of.
+seen; a share above 1 would be memory that it does not know of. Last stands what a training step
+takes over the model and its gradients, foretold in the same way.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def child(stage: str, folder: Path) -> None:
 
 
 def foretold_and_seen(width: int, tokens: int, steps: int, dim: int, rows: int) -> None:
-    """Print the MiB that a batch was expected to take, and those that it took."""
+    """Print the MiB that a batch was expected to take, those that it took, and a training step."""
     import numpy as np
     import torch
 
@@ -134,24 +135,31 @@ def foretold_and_seen(width: int, tokens: int, steps: int, dim: int, rows: int) 
     run(given.batch(rows, tokens))
     watch.done = True
     watch.join()
-    held = list(model.parameters())
+    held: list[torch.Tensor] = list(model.parameters())
     need = measure(run, given, torch.device("cpu"), held).of(rows, tokens)
-    counted = peak_of(lambda: run(given.batch(rows, tokens)), torch.device("cpu"), held)
+    batch = given.batch(rows, tokens)
+
+    def step() -> None:
+        torch.autograd.backward(sdi.causal_lm_loss(model, batch.tensors).mean())
+
+    step()  # makes the gradients, which stay
+    held += [parameter.grad for parameter in held if parameter.grad is not None]
+    counted = peak_of(step, torch.device("cpu"), held)
     seen = watch.peak - before
-    print(f"{need / 2**20:.0f} {counted / 2**20:.0f} {seen / 2**10:.0f}")  # noqa: T201
+    print(f"{need / 2**20:.0f} {seen / 2**10:.0f} {counted / 2**20:.0f}")  # noqa: T201
 
 
 def batches() -> None:
     """Every batch in a process of its own; the table."""
-    names = ("width", "tokens", "steps", "m", "rows", "foretold", "counted", "seen MiB", "share")
+    names = ("width", "tokens", "steps", "m", "rows", "foretold", "seen MiB", "share", "a step")
     print("".join(f"{name:>10}" for name in names))  # noqa: T201
     for sizes in BATCHES:
         given = [str(size) for size in sizes]
         command = [sys.executable, "-m", "tests.benchmarks.memory", "--batch", *given]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
-        found = done.stdout.split()[-3:]
-        share = float(found[2]) / float(found[0])
-        print("".join(f"{one:>10}" for one in (*given, *found, f"{share:.2f}")), flush=True)  # noqa: T201
+        need, seen, step = done.stdout.split()[-3:]
+        row = (*given, need, seen, f"{float(seen) / float(need):.2f}", step)
+        print("".join(f"{one:>10}" for one in row), flush=True)  # noqa: T201
 
 
 def main(sizes: list[int]) -> None:
