@@ -89,7 +89,7 @@ def test_a_row_too_long_is_refused_before_it_is_run(monkeypatch: pytest.MonkeyPa
         CurateError, match=r"one row of 4096 .*about 3.. MiB.* has 50 MiB free.*Cut"
     ):
         measure(work, rows(4096), CPU, HELD)
-    assert max(length for _, length in work.seen) == 512
+    assert max(length for _, length in work.seen) == 1024
     assert measure(work, rows(1024), CPU, HELD).of(1, 1024) < 50 * 2**20
 
 
