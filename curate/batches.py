@@ -38,6 +38,12 @@ class Batch:
     tensors: dict[str, torch.Tensor]
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """(B, T), the padded one."""
+        rows, width = self.tensors["input_ids"].shape
+        return rows, width
+
+    @property
     def tokens(self) -> int:
         """Tokens that are not padding."""
         return int(self.tensors["attention_mask"].sum())

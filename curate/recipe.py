@@ -112,6 +112,7 @@ class CheckpointSection(Strict):
 class SketchSection(Strict):
     """How examples become sketches; `dim` is M, `budget_tokens` the padded tokens of a batch.
 
+    Without `budget_tokens` a budget that fits into memory is found, and kept by the run.
     `loss` is causal_lm, masked_lm, or `file.py:callable` that maps (model, batch) to losses (B,);
     `reduce` says whether the first two average or sum over a row's targets.
     """
@@ -119,7 +120,7 @@ class SketchSection(Strict):
     dim: int = Field(default=2048, ge=2)
     seed: int = 0
     store: Literal["steps", "totals"] = "steps"
-    budget_tokens: int = Field(default=8192, ge=1)
+    budget_tokens: int | None = Field(default=None, ge=1)
     shard_rows: int = Field(default=2048, ge=1)
     loss: str = "causal_lm"
     reduce: Literal["mean", "sum"] = "mean"

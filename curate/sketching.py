@@ -9,10 +9,9 @@ that is killed loses the shard it was at. What the batches are depends on the ma
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -20,12 +19,14 @@ import torch
 from torch import Tensor, nn
 
 import sdi
-from curate import shardplan
+from curate import shardplan, sizing
 from curate.batches import Batch, batches, plan
+from curate.batchpass import device_named, moved, seeded, sketched
 from curate.coverage import recorded
 from curate.errors import CurateError, UsageError
 from curate.examples import ExampleSet
 from curate.manifest import LoopEntry, Manifest, ModelEntry, SketchEntry
+from curate.memory import ran_out
 from curate.rundir import RunDirectory
 from curate.settle import checkpoint_entry
 from curate.shardbuffer import ShardBuffer
@@ -50,7 +51,7 @@ class SketchOptions:
     Attributes:
         dim, seed: M and the seed of the hashes.
         store: "steps" keeps steps and totals of training rows, "totals" the totals alone.
-        budget_tokens: most padded tokens B × T of a batch.
+        budget_tokens: most padded tokens B × T of a batch; None finds it (`curate.budget`).
         shard_rows: most rows of a shard; deep or wide sketches have fewer.
         loss: per-example loss, (model, batch) → (B,).
         method: how sketches are evaluated; changes nothing beyond rounding.
@@ -61,7 +62,7 @@ class SketchOptions:
     dim: int = 4096
     seed: int = 0
     store: Literal["steps", "totals"] = "steps"
-    budget_tokens: int = 8192
+    budget_tokens: int | None = None
     shard_rows: int = shardplan.MOST_ROWS
     loss: Loss = sdi.causal_lm_loss
     method: str = "auto"
@@ -174,6 +175,7 @@ class _Session:
     total: int = 0
     detached: set[str] = field(default_factory=set)
     base: dict[str, Tensor] | None = None
+    tried: tuple[int, int] = (0, 0)
 
     def go(
         self,
@@ -185,14 +187,17 @@ class _Session:
         """Everything, under the writer's lock."""
         if not sets or not any(len(examples) for examples in sets.values()):
             raise UsageError("there is nothing to sketch: the run has no rows")
-        model = model.to(_device(self.options.device)).eval()
+        model = model.to(self.device).eval()
         body = sdi.Loop(model, **asdict(self.loop))
         checkpoints = settle_weights(settle_rates(c, body) for c in checkpoints)
         self.base = needed_base(model, [c.path for c in checkpoints])
         self._settle(body, model_spec, checkpoints)
-        first = next(examples for examples in sets.values() if len(examples))
-        self._fix_plan(body, checkpoints[0], first)
+        begun = self.run.manifest.batch_budget is not None and bool(self.run.manifest.shards)
+        if not begun:
+            self._fix_plan(body, checkpoints, sets)
         work = [(checkpoint, self._tasks(checkpoint.name, sets)) for checkpoint in checkpoints]
+        if begun and any(tasks for _, tasks in work):
+            self._sizing(body, checkpoints, sets).keep(self._budget)
         self._count(sets, work)
         rows: dict[str, int] = {}
         for checkpoint, tasks in work:
@@ -224,21 +229,34 @@ class _Session:
             at = self._sketcher(body, checkpoint).spec
             self.run.settle_checkpoint(checkpoint_entry(checkpoint, body.model, at.get("scales")))
 
-    def _fix_plan(self, body: sdi.Loop, checkpoint: Checkpoint, examples: ExampleSet) -> None:
+    def _fix_plan(
+        self, body: sdi.Loop, checkpoints: Sequence[Checkpoint], sets: Mapping[str, ExampleSet]
+    ) -> None:
         """Record what batches and shards depend on, before the first shard and never after it.
 
         The shortest row tells the depth.
         """
-        if self.run.manifest.shard_rows is not None and self.run.manifest.shards:
-            return
-        load_weights(body.model, checkpoint.path, base=self.base)
-        shortest = int(np.argmin(examples.lengths))
-        batch = next(batches(examples, budget_tokens=self.options.budget_tokens, rows=[shortest]))
-        part = self._sketch(self._sketcher(body, checkpoint), batch)
+        load_weights(body.model, checkpoints[0].path, base=self.base)
+        first = next(examples for examples in sets.values() if len(examples))
+        shortest = int(np.argmin(first.lengths))
+        batch = next(batches(first, budget_tokens=1, rows=[shortest]))
+        part = sketched(self._sketcher(body, checkpoints[0]), batch, self.device)
         most = shardplan.shard_rows(len(part.steps), self.options.dim)
-        self.run.note(
-            batch_budget=self.options.budget_tokens, shard_rows=min(most, self.options.shard_rows)
-        )
+        self.run.note(shard_rows=min(most, self.options.shard_rows))
+        self._sizing(body, checkpoints, sets).begin(self.options.budget_tokens)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return device_named(self.options.device)
+
+    def _sizing(
+        self, body: sdi.Loop, checkpoints: Sequence[Checkpoint], sets: Mapping[str, ExampleSet]
+    ) -> sizing.Sizing:
+        """What the budget is decided with; batches are tried with the first checkpoint."""
+        sketcher = self._sketcher(body, checkpoints[0])
+        rows = sizing.rows_of(sets, self.run.manifest.shard_rows or 1, len(checkpoints))
+        return sizing.Sizing(self.run, sketcher, rows, self.device, body.model)
 
     def _tasks(self, checkpoint: str, sets: Mapping[str, ExampleSet]) -> list[ShardTask]:
         manifest = self.run.manifest
@@ -275,10 +293,24 @@ class _Session:
             return
         load_weights(body.model, checkpoint.path, base=self.base)
         sketcher = self._sketcher(body, checkpoint)
-        self._check(sketcher, checkpoint.name, tasks, sets)
+        self._with_room(lambda: self._check(sketcher, checkpoint.name, tasks, sets))
         for task in tasks:
-            self._shard(sketcher, task, sets[task.set])
+            self._with_room(partial(self._shard, sketcher, task, sets[task.set]))
             yield task
+
+    def _with_room(self, work: Callable[[], None]) -> None:
+        """Do some work; where memory runs out, again from its start with half of the budget."""
+        while True:
+            done = self.done
+            try:
+                return work()
+            except (RuntimeError, MemoryError) as error:
+                if not ran_out(error):
+                    raise
+                seen = str(error).partition("\n")[0]
+            # Out here nothing holds the tensors of the frames that failed.
+            self.done = done
+            sizing.halve(self.run, self.tried, self.device, seen)
 
     def _check(
         self,
@@ -294,9 +326,10 @@ class _Session:
         if not self.options.check_rows:
             return
         batch = self._batch_to_check(tasks, sets)
+        self.tried = batch.shape
         rows = min(self.options.check_rows, len(batch.ids))
-        tensors, loop, loss = self._tensors(batch), sketcher.loop, self.options.loss
-        with _seeded(int(batch.rows[0])):
+        tensors, loop, loss = moved(batch, self.device), sketcher.loop, self.options.loss
+        with seeded(int(batch.rows[0])):
             report = self.instruments.check(sketcher, tensors, batch.ids, rows=rows).as_dict()
             shares = gradient_share(loop, tensors, batch.ids, loss, report["rows"])
         report["gradient"] = shares.as_dict()
@@ -321,7 +354,8 @@ class _Session:
         lengths = np.asarray(examples.lengths)
         self.progress(label, self.done, self.total)
         for batch in self._batches(task, examples):
-            part = self._sketch(sketcher, batch)
+            self.tried = batch.shape
+            part = sketched(sketcher, batch, self.device)
             self.detached.update(part.detached)
             buffer.put(np.asarray(batch.rows), part)
             self.done += int(lengths[batch.rows].sum())
@@ -354,24 +388,6 @@ class _Session:
         )
         return made
 
-    def _sketch(self, sketcher: SketcherLike, batch: Batch) -> sdi.Part:
-        """One batch; an index outside an embedding gets a line that says what to look at."""
-        try:
-            with _seeded(int(batch.rows[0])):
-                return sketcher(self._tensors(batch), ids=batch.ids)
-        except IndexError as error:
-            ids = batch.tensors["input_ids"]
-            raise CurateError(
-                f"the model has no entry for a token or a position of these rows ({error}): the "
-                f"longest is {ids.shape[1]} tokens ('{batch.ids[0]}'), the largest token id "
-                f"{int(ids.max())}. Give max_tokens as the model's context, and the tokenizer it "
-                f"was trained with"
-            ) from error
-
-    def _tensors(self, batch: Batch) -> dict[str, Tensor]:
-        device = _device(self.options.device)
-        return {name: value.to(device) for name, value in batch.tensors.items()}
-
 
 def _without_attempts(manifest: Manifest) -> Manifest:
     """The manifest without what failed before any sketch was made of it: nobody is held to it."""
@@ -382,19 +398,3 @@ def _without_attempts(manifest: Manifest) -> Manifest:
     if not used:
         update |= {"model": None, "loop": None, "sketch": None}
     return manifest.model_copy(update=update)
-
-
-@contextmanager
-def _seeded(row: int) -> Iterator[None]:
-    """Fix torch's random numbers for models that draw some (an initial state), and put them back.
-
-    They depend on the batch and not on what ran before, so that a resumed run draws the same.
-    """
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(zlib.crc32(f"row {row}".encode()))
-        yield
-
-
-def _device(name: str | None) -> torch.device:
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))

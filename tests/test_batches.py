@@ -34,6 +34,15 @@ def test_a_plan_takes_every_row_once_within_the_budget(lengths: list[int], budge
     assert all(len(g) == 1 or len(g) * int(array[g].max()) <= budget for g in groups)
 
 
+@pytest.mark.parametrize(("budget", "most"), [(2048, 0.005), (8192, 0.02), (32768, 0.06)])
+def test_little_is_padding(budget: int, most: float) -> None:
+    """Of a shard of 1024 rows of 125 to 512 tokens, few padded tokens are no row's own."""
+    lengths = np.random.default_rng(0).integers(125, 513, 1024)
+    groups = plan(lengths, budget)
+    padded_tokens = sum(len(group) * int(lengths[group].max()) for group in groups)
+    assert lengths.sum() <= padded_tokens < (1 + most) * lengths.sum()
+
+
 def test_batches_do_not_depend_on_the_order_of_rows(examples: ExampleSet) -> None:
     """Rows asked for in another order come in the same batches, with the ids that are theirs."""
     one = list(batches(examples, budget_tokens=128, rows=range(10, 50)))

@@ -1,11 +1,17 @@
 """Peak anonymous memory of each stage against the number of rows.
 
     python -m tests.benchmarks.memory [ROWS ...]
+    python -m tests.benchmarks.memory --batches
 
 Each stage runs in a process of its own, as the commands do, on generated rows and the tests' small
 looped model with m = 1024. Anonymous memory is read from /proc (mapped pages aside), so this needs
 Linux. Loading, sketching and scoring hold a fixed number of rows; filtering and exporting hold the
 table of decisions.
+
+With `--batches` instead: what a sketch pass takes, on looped GPTs of some sizes. What
+`curate.budget` foretells from passes of two rows is printed beside the growth of the peak that was
+seen; a share above 1 would be memory that it does not know of. Last stands what a training step
+takes over the model and its gradients, foretold in the same way.
 """
 
 from __future__ import annotations
@@ -18,6 +24,15 @@ import time
 from pathlib import Path
 
 SIZES = (4_000, 16_000, 64_000)
+#: Width, tokens, steps, m and rows of the batches, each in a process of its own.
+BATCHES = (
+    (64, 512, 6, 2048, 16),
+    (128, 256, 8, 4096, 8),
+    (128, 256, 8, 4096, 32),
+    (128, 64, 32, 8192, 64),
+    (256, 256, 8, 4096, 16),
+    (512, 128, 4, 4096, 32),
+)
 
 
 def anonymous() -> int:
@@ -95,6 +110,58 @@ def child(stage: str, folder: Path) -> None:
     print(f"{watch.peak / 1024:.0f} {time.perf_counter() - begin:.1f}")  # noqa: T201
 
 
+def foretold_and_seen(width: int, tokens: int, steps: int, dim: int, rows: int) -> None:
+    """Print the MiB that a batch was expected to take, those that it took, and a training step."""
+    import numpy as np
+    import torch
+
+    import sdi
+    from curate.batches import Batch
+    from curate.budget import Rows, measure
+    from curate.memory import peak_of
+    from recipes import looped_gpt
+
+    model = looped_gpt.build(context=tokens, width=width, depth=steps)
+    sketcher = sdi.Sketcher(sdi.Loop(model, "body"), dim=dim)
+
+    def run(batch: Batch) -> sdi.Part:
+        return sketcher(batch.tensors, batch.ids)
+
+    row = np.arange(tokens, dtype=np.int32) % 256
+    given = Rows([(row, row)], [tokens], rows, rows * tokens)
+    run(given.batch(1, 8))  # makes the hashes, and what torch sets up once
+    watch, before = Watch(), anonymous()
+    watch.start()
+    run(given.batch(rows, tokens))
+    watch.done = True
+    watch.join()
+    held: list[torch.Tensor] = list(model.parameters())
+    need = measure(run, given, torch.device("cpu"), held).of(rows, tokens)
+    batch = given.batch(rows, tokens)
+
+    def step() -> None:
+        torch.autograd.backward(sdi.causal_lm_loss(model, batch.tensors).mean())
+
+    step()  # makes the gradients, which stay
+    held += [parameter.grad for parameter in held if parameter.grad is not None]
+    counted = peak_of(step, torch.device("cpu"), held)
+    seen = watch.peak - before
+    print(f"{need / 2**20:.0f} {seen / 2**10:.0f} {counted / 2**20:.0f}")  # noqa: T201
+
+
+def batches() -> None:
+    """Every batch in a process of its own; the table."""
+    names = ("width", "tokens", "steps", "m", "rows", "foretold", "seen MiB", "share", "a step")
+    print("".join(f"{name:>10}" for name in names))  # noqa: T201
+    for sizes in BATCHES:
+        given = [str(size) for size in sizes]
+        command = [sys.executable, "-m", "tests.benchmarks.memory", "--batch", *given]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        need, seen, step = done.stdout.split()[-3:]
+        row = (*given, need, seen, f"{float(seen) / float(need):.2f}", step)
+        print("".join(f"{one:>10}" for one in row), flush=True)  # noqa: T201
+
+
 def main(sizes: list[int]) -> None:
     """Run every size and stage and print the table."""
     from tests.loopedrun import write_texts
@@ -116,5 +183,9 @@ def main(sizes: list[int]) -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         child(sys.argv[2], Path(sys.argv[3]))
+    elif sys.argv[1:2] == ["--batch"]:
+        foretold_and_seen(*(int(size) for size in sys.argv[2:]))
+    elif sys.argv[1:2] == ["--batches"]:
+        batches()
     else:
         main([int(size) for size in sys.argv[1:]] or list(SIZES))
