@@ -6,7 +6,9 @@ Letters: N rows of a set, τ steps, M sketch dimension, U slots (1 where one tot
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.float32]
 BLOCK_BYTES = 32 << 20
 """How many bytes of float32 one block may take."""
+AHEAD = 2
+"""How many shards the system is asked to read before they are wanted."""
 
 
 @dataclass(frozen=True)
@@ -55,18 +59,17 @@ class SketchRows:
                 f"{label}: sketches of {reached} of {rows} rows; run `curate sketch` first"
             )
         self._pieces = list(pieces)
+        self._starts = [first for first, _, _ in pieces]
+        self._asked = 0
         self.rows = rows
         self.dim = int(pieces[0][2].values.shape[-1])
-        self.slots = max(
-            int(shard.values.shape[1]) if shard.values.ndim == 3 else 1 for _, _, shard in pieces
-        )
+        self.slots = max(self._slots(shard) for _, _, shard in pieces)
 
     def read(self, start: int, stop: int) -> Block:
         """Rows start..stop as they lie on disk; rows of fewer slots are filled up with zeros."""
         parts = [
             self._cut(shard, max(start, first) - first, min(stop, last) - first)
-            for first, last, shard in self._pieces
-            if first < stop and last > start
+            for first, last, shard in self._between(start, stop)
         ]
         if len(parts) == 1:
             return parts[0]
@@ -75,6 +78,40 @@ class SketchRows:
             np.concatenate([part.scale for part in parts]),
             np.concatenate([part.norm for part in parts]),
         )
+
+    def take(self, rows: npt.NDArray[np.int64]) -> Block:
+        """Any rows, in the order that is asked for."""
+        count = len(rows)
+        found = Block(
+            np.zeros((count, self.slots, self.dim), dtype=np.int8),
+            np.zeros((count, self.slots), dtype=np.float32),
+            np.zeros((count, self.slots), dtype=np.float32),
+        )
+        owner = np.searchsorted(self._starts, rows, side="right") - 1
+        for piece in np.unique(owner):
+            first, _, shard = self._pieces[piece]
+            here = np.flatnonzero(owner == piece)
+            own, slots = rows[here] - first, self._slots(shard)
+            found.values[here, :slots] = shard.values[own].reshape(len(here), slots, self.dim)
+            found.scale[here, :slots] = shard.scale[own].reshape(len(here), slots)
+            found.norm[here, :slots] = shard.norm[own].reshape(len(here), slots)
+        return found
+
+    def _between(self, start: int, stop: int) -> Iterator[tuple[int, int, Shard]]:
+        """The pieces that hold rows start..stop; the next ones are asked for."""
+        number = max(0, bisect_right(self._starts, start) - 1)
+        if start == 0:
+            self._asked = 0
+        while number < len(self._pieces) and self._starts[number] < stop:
+            yield self._pieces[number]
+            number += 1
+        for coming in range(max(number, self._asked), min(number + AHEAD, len(self._pieces))):
+            _read_ahead(self._pieces[coming][2].values)
+            self._asked = coming + 1
+
+    @staticmethod
+    def _slots(shard: Shard) -> int:
+        return int(shard.values.shape[1]) if shard.values.ndim == 3 else 1
 
     def norms(self) -> Floats:
         """Norms of all rows, (N, U): four bytes a step."""
@@ -92,6 +129,18 @@ class SketchRows:
             values = np.pad(values, ((0, 0), (0, missing), (0, 0)))
             scale, norm = (np.pad(array, ((0, 0), (0, missing))) for array in (scale, norm))
         return Block(values, scale, norm)
+
+
+def _read_ahead(array: npt.NDArray[np.int8]) -> None:
+    """Ask the system to read a mapped file, and do not wait for it."""
+    name = getattr(array, "filename", None)
+    if name is None or not hasattr(os, "posix_fadvise"):
+        return
+    descriptor = os.open(name, os.O_RDONLY)
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+    finally:
+        os.close(descriptor)
 
 
 def open_rows(
