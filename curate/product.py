@@ -164,7 +164,8 @@ class Product:
     ) -> Doubles:
         """int8 (B, U, M) times U lots of G · C vectors → float64 (B, U, G, C)."""
         rows = as_tensor(block.values)
-        out = np.zeros((len(rows), self.slots, *shape))
+        all_slots = rows.shape[1] == self.slots
+        out = (np.empty if all_slots else np.zeros)((len(rows), self.slots, *shape))
         for slot in range(rows.shape[1]):
             product = vectors[slot].times(rows[:, slot]).numpy()
             scale = block.scale[:, slot, None].astype(np.float64)
@@ -174,19 +175,23 @@ class Product:
     def steps(self, bound: Steps, start: int, stop: int) -> torch.Tensor:
         """SDI of rows start..stop at each step, float32 (B, τ, G); 0 where a step is absent."""
         blocks = [source.read(start, stop) for source in self.sources.values()]
-        norms = [_widen(block.norm.astype(np.float64), self.slots) for block in blocks]
-        _, factor = self._factor(norms)
-        whole = torch.zeros(stop - start, *bound.shape)
+        factor = np.ones((1, self.slots))
+        if self.cosine:
+            norms = [_widen(block.norm.astype(np.float64), self.slots) for block in blocks]
+            _, factor = self._factor(norms)
+        whole: list[torch.Tensor] = []
         for eta, block, vectors in zip(self.weights.values(), blocks, bound.vectors, strict=True):
             rows = as_tensor(block.values)
+            scale = torch.from_numpy(np.float32(eta) * factor[:, : rows.shape[1]] * block.scale)
             for slot in range(rows.shape[1]):
                 part = vectors[slot].times(rows[:, slot], torch.float32)
-                scale = (eta * factor[:, slot] * block.scale[:, slot]).astype(np.float32)
-                part = part.mul_(torch.from_numpy(scale)[:, None])
-                part = part.view(stop - start, -1, bound.shape[1])
-                here = whole if self.slots == 1 else whole[:, slot : slot + 1]
-                here += part
-        return whole
+                part.mul_(scale[:, slot, None])
+                if slot == len(whole):
+                    whole.append(part)
+                else:
+                    whole[slot] += part
+        parts = [part.view(stop - start, -1, bound.shape[1]) for part in whole]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 class _Sums:
@@ -238,4 +243,5 @@ def _flat(array: Doubles) -> Doubles:
 
 
 def _widen(array: Doubles, slots: int) -> Doubles:
-    return np.pad(array, ((0, 0), (0, slots - array.shape[1])))
+    missing = slots - array.shape[1]
+    return np.pad(array, ((0, 0), (0, missing))) if missing else array

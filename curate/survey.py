@@ -81,12 +81,12 @@ def survey(
         keep: k; all rows where there are no more.
     """
     bound = product.bind_steps(vectors)
-    share = torch.from_numpy(np.stack([mask.T for mask in masks]).astype(np.float32))
+    shares = [_shares(mask) for mask in masks]
     best = _Best(bound.shape[1], min(keep, product.rows))
 
     def work(start: int, stop: int) -> tuple[Moments, Rows, npt.NDArray[np.float32]]:
         steps = product.steps(bound, start, stop)
-        windows = _windows(steps, share)
+        windows = _windows(steps, shares)
         key = ranking.key(steps, windows)
         hits = (key > best.threshold).nonzero(as_tuple=True)
         rows = torch.stack([hits[1], hits[0] + start]).numpy()
@@ -103,15 +103,24 @@ def survey(
     return Found(best.rows(), moments[0])
 
 
-def _windows(steps: Tensor, share: Tensor) -> Tensor:
-    """Early and late, (2, B, Q), from steps (B, τ, Q) and what each window takes, (2, τ, Q)."""
+def _shares(mask: npt.NDArray[np.bool_]) -> list[tuple[int, Tensor | None]]:
+    """Steps that a window takes of any query, from (Q, τ); with (Q,) where not of every one."""
+    return [
+        (step, None if own.all() else torch.from_numpy(own.astype(np.float32)))
+        for step, own in enumerate(mask.T)
+        if own.any()
+    ]
+
+
+def _windows(steps: Tensor, shares: list[list[tuple[int, Tensor | None]]]) -> Tensor:
+    """Early and late, (2, B, Q), from steps (B, τ, Q) and what each window takes of them."""
     out = torch.zeros(2, steps.shape[0], steps.shape[2])
-    for window, masks in zip(out, share, strict=True):
-        for step, mask in enumerate(masks):
-            if bool(mask.all()):
+    for window, taken in zip(out, shares, strict=True):
+        for step, share in taken:
+            if share is None:
                 window += steps[:, step]
-            elif bool(mask.any()):
-                window.addcmul_(steps[:, step], mask)
+            else:
+                window.addcmul_(steps[:, step], share)
     return out
 
 
