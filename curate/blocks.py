@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sdi.shards import Shard
 
 Floats = npt.NDArray[np.float32]
+Numbers = npt.NDArray[np.int64]
 BLOCK_BYTES = 32 << 20
 """How many bytes of float32 one block may take."""
 AHEAD = 2
@@ -79,22 +80,31 @@ class SketchRows:
             np.concatenate([part.norm for part in parts]),
         )
 
-    def take(self, rows: npt.NDArray[np.int64]) -> Block:
-        """Any rows, in the order that is asked for."""
-        count = len(rows)
+    def take(self, rows: Numbers, slots: Numbers | None = None) -> Block:
+        """Any rows, in the order that is asked for; with `slots`, one slot of each, as U = 1."""
+        width = self.slots if slots is None else 1
         found = Block(
-            np.zeros((count, self.slots, self.dim), dtype=np.int8),
-            np.zeros((count, self.slots), dtype=np.float32),
-            np.zeros((count, self.slots), dtype=np.float32),
+            np.zeros((len(rows), width, self.dim), dtype=np.int8),
+            np.zeros((len(rows), width), dtype=np.float32),
+            np.zeros((len(rows), width), dtype=np.float32),
         )
         owner = np.searchsorted(self._starts, rows, side="right") - 1
-        for piece in np.unique(owner):
-            first, _, shard = self._pieces[piece]
-            here = np.flatnonzero(owner == piece)
-            own, slots = rows[here] - first, self._slots(shard)
-            found.values[here, :slots] = shard.values[own].reshape(len(here), slots, self.dim)
-            found.scale[here, :slots] = shard.scale[own].reshape(len(here), slots)
-            found.norm[here, :slots] = shard.norm[own].reshape(len(here), slots)
+        order = np.argsort(owner, kind="stable")
+        cuts = np.flatnonzero(np.diff(owner[order])) + 1
+        for here in np.split(order, cuts) if len(order) else ():
+            first, _, shard = self._pieces[owner[here[0]]]
+            own, deep = rows[here] - first, self._slots(shard)
+            for into, array in (
+                (found.values, shard.values),
+                (found.scale, shard.scale),
+                (found.norm, shard.norm),
+            ):
+                whole = array.reshape(len(array), deep, *into.shape[2:])
+                if slots is None:
+                    into[here, :deep] = whole[own]
+                else:
+                    there = slots[here] < deep
+                    into[here[there], 0] = whole[own[there], slots[here[there]]]
         return found
 
     def _between(self, start: int, stop: int) -> Iterator[tuple[int, int, Shard]]:

@@ -33,7 +33,7 @@ _DEEPEST = (2**31 - 1) // LARGEST**2
 
 
 @dataclass(frozen=True)
-class Vectors:
+class Operand:
     """V vectors, laid out for the device that multiplies.
 
     Attributes:
@@ -44,8 +44,20 @@ class Vectors:
     columns: Tensor
     scale: Tensor | None
 
+    @property
+    def count(self) -> int:
+        """V."""
+        return int(self.columns.shape[1]) if self.scale is None else len(self.scale)
+
+    def some(self, which: Tensor) -> Operand:
+        """Those of the vectors whose numbers are given."""
+        if self.scale is None:
+            return Operand(self.columns[:, which], None)
+        digits = self.columns.view(len(self.columns), -1, self.count)[:, :, which]
+        return Operand(digits.flatten(1), self.scale[which])
+
     @classmethod
-    def of(cls, values: npt.NDArray[np.floating], device: torch.device) -> Vectors:
+    def of(cls, values: npt.NDArray[np.floating], device: torch.device) -> Operand:
         """Lay out `values` (V, M)."""
         if device.type != "cpu" or not exact_integers() or values.shape[1] > _DEEPEST:
             single = np.ascontiguousarray(values.T, dtype=np.float32)
@@ -64,7 +76,7 @@ class Vectors:
             product = rows.to(self.columns.device, torch.float32) @ self.columns
             return product.to("cpu", dtype)
         whole = torch._int_mm(rows, self.columns)
-        count = len(self.scale)
+        count = self.count
         product = whole[:, :count].to(dtype)
         for digit in range(1, self.width // count):
             own = whole[:, digit * count : (digit + 1) * count]

@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 
 from curate.blocks import Block, open_rows
-from curate.multiply import Vectors, as_tensor
+from curate.multiply import Operand, as_tensor
 from curate.queryvectors import Doubles, QueryVectors
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Bound:
         shape: (G, C).
     """
 
-    vectors: tuple[tuple[Vectors, ...], ...]
+    vectors: tuple[tuple[Operand, ...], ...]
     grams: tuple[Doubles, ...]
     shape: tuple[int, int]
 
@@ -65,7 +65,7 @@ class Steps:
         shape: (τ, G).
     """
 
-    vectors: tuple[tuple[Vectors, ...], ...]
+    vectors: tuple[tuple[Operand, ...], ...]
     shape: tuple[int, int]
 
 
@@ -107,7 +107,7 @@ class Product:
         """Bring query vectors to the device, in the order of the checkpoints."""
         _, groups, columns, dim = vectors[0].values.shape
         laid = tuple(
-            tuple(Vectors.of(slot.reshape(-1, dim), self.device) for slot in one.values)
+            tuple(Operand.of(slot.reshape(-1, dim), self.device) for slot in one.values)
             for one in vectors
         )
         return Bound(laid, tuple(one.gram for one in vectors), (groups, columns))
@@ -117,7 +117,7 @@ class Product:
         slots, groups, columns, dim = vectors[0].values.shape
         laid = tuple(
             tuple(
-                Vectors.of(slot[:, :-2].transpose(1, 0, 2).reshape(-1, dim), self.device)
+                Operand.of(slot[:, :-2].transpose(1, 0, 2).reshape(-1, dim), self.device)
                 for slot in one.values
             )
             for one in vectors
@@ -160,7 +160,7 @@ class Product:
             return joint, np.where(joint > 0, 1.0 / joint, 0.0)
 
     def _multiply(
-        self, block: Block, vectors: Sequence[Vectors], shape: tuple[int, int]
+        self, block: Block, vectors: Sequence[Operand], shape: tuple[int, int]
     ) -> Doubles:
         """int8 (B, U, M) times U lots of G · C vectors → float64 (B, U, G, C)."""
         rows = as_tensor(block.values)

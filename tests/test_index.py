@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from curate import index
+from curate import bands, index
 from curate.errors import UsageError
 from tests.sketchedrun import WEIGHTS, Made, make
 
@@ -23,15 +23,12 @@ def pooled(made: Made, name: str, kind: str = "values") -> np.ndarray:
     return sum(np.sqrt(w) * getattr(made, kind)[name, c] for c, w in WEIGHTS.items())
 
 
-@pytest.mark.parametrize("flat_below", [100_000, 0])
 @pytest.mark.parametrize("tied", [True, False])
-def test_index_is_exact(
-    tmp_path: Path, tied: bool, flat_below: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Both codecs find what the plain product finds, which is brute force's M_{s,t}."""
-    monkeypatch.setattr(index, "BAND_BYTES", 40 * 64 * 4)
+def test_index_is_exact(tmp_path: Path, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bands find what the plain product finds, which is brute force's M_{s,t}."""
+    monkeypatch.setattr(bands, "BAND_BYTES", 40 * 64 * 4)
     made = make(tmp_path / "run", rows=90, tied=tied)
-    index.build_index(made.run, flat_below=flat_below)
+    index.build_index(made.run)
     train, query = pooled(made, "train"), pooled(made, "test")
     for row in range(3):
         scores = np.einsum("ntm,m->nt", train, query[row, 1])
@@ -57,7 +54,7 @@ def test_totals_answer_with_influence(tmp_path: Path) -> None:
 
 def test_bound_skips_bands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With norms of heavy tails a search ends before the last band, and says how much it read."""
-    monkeypatch.setattr(index, "BAND_BYTES", 20 * 64 * 4)
+    monkeypatch.setattr(bands, "BAND_BYTES", 20 * 64 * 4)
     made = make(tmp_path / "run", rows=200)
     index.build_index(made.run)
     query = pooled(made, "train")[:, 3]
@@ -91,9 +88,8 @@ def test_bad_place(tmp_path: Path, row: int, step: int, message: str) -> None:
         index.neighbours(run, row=row, step=step)
 
 
-@pytest.mark.parametrize("flat_below", [100_000, 0])
 def test_bands_stay_on_a_gpu_where_faiss_has_one(
-    tmp_path: Path, flat_below: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a GPU (a stand-in for one) a band is brought there once, and finds the same."""
     faiss = pytest.importorskip("faiss")
@@ -105,7 +101,7 @@ def test_bands_stay_on_a_gpu_where_faiss_has_one(
         return band
 
     made = make(tmp_path / "run", rows=90)
-    index.build_index(made.run, flat_below=flat_below)
+    index.build_index(made.run)
     expected = index.neighbours(made.run, row=1, step=2, query="test")
     stands_in = {
         "get_num_gpus": lambda: 1,
@@ -115,9 +111,9 @@ def test_bands_stay_on_a_gpu_where_faiss_has_one(
     }
     for name, value in stands_in.items():
         monkeypatch.setattr(faiss, name, value, raising=False)
-    index._on_gpu.cache_clear()
+    bands._on_gpu.cache_clear()
     for _ in range(2):
         found = index.neighbours(made.run, row=1, step=2, query="test")
         assert found["row"].to_list() == expected["row"].to_list()
     assert brought == [360]
-    index._on_gpu.cache_clear()
+    bands._on_gpu.cache_clear()
