@@ -10,7 +10,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -61,6 +61,8 @@ class SketchRows:
             )
         self._pieces = list(pieces)
         self._starts = [first for first, _, _ in pieces]
+        # Plain arrays over the same maps: indexing a memmap costs several times as much.
+        self._plain = [self._whole(shard) for _, _, shard in pieces]
         self._asked = 0
         self.rows = rows
         self.dim = int(pieces[0][2].values.shape[-1])
@@ -69,8 +71,8 @@ class SketchRows:
     def read(self, start: int, stop: int) -> Block:
         """Rows start..stop as they lie on disk; rows of fewer slots are filled up with zeros."""
         parts = [
-            self._cut(shard, max(start, first) - first, min(stop, last) - first)
-            for first, last, shard in self._between(start, stop)
+            self._cut(piece, max(start, first) - first, min(stop, last) - first)
+            for piece, first, last in self._between(start, stop)
         ]
         if len(parts) == 1:
             return parts[0]
@@ -82,6 +84,7 @@ class SketchRows:
 
     def take(self, rows: Numbers, slots: Numbers | None = None) -> Block:
         """Any rows, in the order that is asked for; with `slots`, one slot of each, as U = 1."""
+        one = slots if self.slots > 1 else None
         width = self.slots if slots is None else 1
         found = Block(
             np.zeros((len(rows), width, self.dim), dtype=np.int8),
@@ -90,30 +93,36 @@ class SketchRows:
         )
         owner = np.searchsorted(self._starts, rows, side="right") - 1
         order = np.argsort(owner, kind="stable")
-        cuts = np.flatnonzero(np.diff(owner[order])) + 1
-        for here in np.split(order, cuts) if len(order) else ():
-            first, _, shard = self._pieces[owner[here[0]]]
-            own, deep = rows[here] - first, self._slots(shard)
-            for into, array in (
-                (found.values, shard.values),
-                (found.scale, shard.scale),
-                (found.norm, shard.norm),
-            ):
-                whole = array.reshape(len(array), deep, *into.shape[2:])
-                if slots is None:
-                    into[here, :deep] = whole[own]
+        ends = [*(np.flatnonzero(np.diff(owner[order])) + 1).tolist(), len(order)]
+        sorted_rows, start = rows[order], 0
+        for end in ends if len(order) else ():
+            piece = owner[order[start]]
+            own = sorted_rows[start:end] - self._starts[piece]
+            which = None if one is None else one[order[start:end]]
+            arrays = self._plain[piece]
+            pairs: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = [
+                (found.values, arrays.values),
+                (found.scale, arrays.scale),
+                (found.norm, arrays.norm),
+            ]
+            for into, array in pairs:
+                if which is None:
+                    into[start:end, : array.shape[1]] = array[own]
                 else:
-                    there = slots[here] < deep
-                    into[here[there], 0] = whole[own[there], slots[here[there]]]
-        return found
+                    there = np.flatnonzero(which < array.shape[1])
+                    into[start + there, 0] = array[own[there], which[there]]
+            start = end
+        back = np.argsort(order)
+        return Block(found.values[back], found.scale[back], found.norm[back])
 
-    def _between(self, start: int, stop: int) -> Iterator[tuple[int, int, Shard]]:
-        """The pieces that hold rows start..stop; the next ones are asked for."""
+    def _between(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Pieces that hold rows start..stop, with their own rows; the next ones are asked for."""
         number = max(0, bisect_right(self._starts, start) - 1)
         if start == 0:
             self._asked = 0
         while number < len(self._pieces) and self._starts[number] < stop:
-            yield self._pieces[number]
+            first, last, _ = self._pieces[number]
+            yield number, first, last
             number += 1
         for coming in range(max(number, self._asked), min(number + AHEAD, len(self._pieces))):
             _read_ahead(self._pieces[coming][2].values)
@@ -126,19 +135,29 @@ class SketchRows:
     def norms(self) -> Floats:
         """Norms of all rows, (N, U): four bytes a step."""
         return np.concatenate(
-            [self._cut(shard, 0, last - first).norm for first, last, shard in self._pieces]
+            [
+                self._cut(piece, 0, last - first).norm
+                for piece, (first, last, _) in enumerate(self._pieces)
+            ]
         )
 
-    def _cut(self, shard: Shard, start: int, stop: int) -> Block:
-        count = stop - start
-        values = shard.values[start:stop].reshape(count, -1, self.dim)
-        scale = np.asarray(shard.scale[start:stop]).reshape(count, -1)
-        norm = np.asarray(shard.norm[start:stop]).reshape(count, -1)
-        missing = self.slots - values.shape[1]
-        if missing:
-            values = np.pad(values, ((0, 0), (0, missing), (0, 0)))
-            scale, norm = (np.pad(array, ((0, 0), (0, missing))) for array in (scale, norm))
-        return Block(values, scale, norm)
+    def _whole(self, shard: Shard) -> Block:
+        """A shard as one block, not read yet."""
+        slots = self._slots(shard)
+        return Block(
+            np.asarray(shard.values).reshape(shard.rows, slots, -1),
+            np.asarray(shard.scale).reshape(shard.rows, slots),
+            np.asarray(shard.norm).reshape(shard.rows, slots),
+        )
+
+    def _cut(self, piece: int, start: int, stop: int) -> Block:
+        whole = self._plain[piece]
+        part = Block(whole.values[start:stop], whole.scale[start:stop], whole.norm[start:stop])
+        missing = self.slots - part.values.shape[1]
+        if not missing:
+            return part
+        scale, norm = (np.pad(array, ((0, 0), (0, missing))) for array in (part.scale, part.norm))
+        return Block(np.pad(part.values, ((0, 0), (0, missing), (0, 0))), scale, norm)
 
 
 def _read_ahead(array: npt.NDArray[np.int8]) -> None:

@@ -23,7 +23,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,15 +192,16 @@ class Searcher:
             descent.look(band, active)
             seen[active] += band.count
         of = max(1, sum(band.count for band in bands))
-        return [
-            Found(*self._settled(query, candidates, k), count / of)
-            for query, candidates, count in zip(exact, descent.candidates, seen, strict=True)
-        ]
+        best = self._settled(exact, descent.candidates, k)
+        return [Found(*own, count / of) for own, count in zip(best, seen, strict=True)]
 
-    def _settled(self, query: Doubles, candidates: _Candidates, k: int) -> tuple[Numbers, Doubles]:
-        """The k best of the candidates, by the sketches themselves."""
-        numbers = candidates.numbers
-        return _best(numbers, self.vectors.take(numbers).astype(np.float64) @ query, k)
+    def _settled(
+        self, queries: Doubles, candidates: Sequence[_Candidates], k: int
+    ) -> Iterator[tuple[Numbers, Doubles]]:
+        """The k best of each query's candidates, by the sketches themselves."""
+        for query, own in zip(queries, candidates, strict=True):
+            vectors = self.vectors.take(own.numbers)
+            yield _best(own.numbers, vectors.astype(np.float64) @ query, k)
 
 
 def _bands(run: RunDirectory, set_name: str, kind: Kind) -> Bands | None:
