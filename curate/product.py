@@ -32,7 +32,7 @@ EXTRA = ("total", "early", "late", "total_var", "early_var", "late_var", "window
 """What stands behind the step columns of `Product.score`; `noise` is the energy of noise alone."""
 _BLOCK = 4 << 20
 """Bytes of sketches in a block: with what comes of them they fit in a processor's cache."""
-_MOST = 4096
+_LEAST, _MOST = 16, 4096
 _PRODUCTS = 2 << 20
 """Bytes of products in float64 that a block may have."""
 
@@ -127,7 +127,7 @@ class Product:
     def block(self, bound: Bound | Steps) -> int:
         """How many rows to score at once."""
         most = _PRODUCTS // (8 * self.slots * bound.shape[0] * bound.shape[1])
-        return max(16, min(_MOST, most, _BLOCK // (self.slots * self.dim)))
+        return max(_LEAST, min(_MOST, most, _BLOCK // (self.slots * self.dim)))
 
     def score(self, bound: Bound, start: int, stop: int) -> npt.NDArray[np.float64]:
         """Scores of rows start..stop, (B, G, τ + 8): the steps, then the columns of `EXTRA`.

@@ -43,6 +43,38 @@ def test_index_is_exact(tmp_path: Path, tied: bool, monkeypatch: pytest.MonkeyPa
             assert found["id"][0] == f"train{found['row'][0]}"
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("queries", [3, 12])
+def test_many_queries_at_once(
+    tmp_path: Path, tied: bool, queries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scanned one by one or multiplied together, from small bands or with none: the same rows,
+    which are brute force's; so too for opposite vectors, zero, and more rows than there are.
+    """
+    monkeypatch.setattr(bands, "BAND_BYTES", 40 * 64 * 4)
+    monkeypatch.setattr(index, "SLACK", 0)  # so that a scan has to ask for more
+    made = make(tmp_path / "run", rows=90, tied=tied)
+    index.build_index(made.run)
+    train = pooled(made, "train")
+    vectors = np.random.default_rng(0).normal(size=(queries, 64))
+    vectors[1], vectors[2] = -train[3, 3], train[3, 3]
+    slot = None if tied else 2
+    scores = np.einsum("ntm,qm->qnt", train, vectors)
+    if slot is not None:
+        scores[:, :, [0, 1, 3]] = -np.inf
+    for k in (1, 10, 70, 1000):
+        searcher = index.Searcher(made.run)
+        assert searcher.bands is not None and len(searcher.bands.bands) > 2
+        there = min(k, 90 if slot is not None else 360)
+        plain = index.Searcher(made.run, use_index=False).search(vectors, k, slot=slot)
+        for own, found, same in zip(scores, searcher.search(vectors, k, slot=slot), plain,
+                                    strict=True):  # fmt: skip
+            order = np.argsort(-own, axis=None, kind="stable")[:there]
+            assert found.numbers.tolist() == same.numbers.tolist() == order.tolist()
+            np.testing.assert_allclose(found.scores, own.ravel()[order], rtol=1e-4, atol=1e-7)
+    assert len(searcher.search(np.zeros((1, 64)), 5)[0].numbers) == 5
+
+
 def test_totals_answer_with_influence(tmp_path: Path) -> None:
     """The index of totals gives the rows with the largest SDI_t."""
     made = make(tmp_path / "run")
