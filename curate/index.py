@@ -24,10 +24,9 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,62 +34,18 @@ import polars as pl
 import torch
 
 from curate.bands import Band, Bands, load_faiss, rounding, write_bands
-from curate.blocks import block_rows, open_rows, spans
+from curate.blocks import block_rows, spans
 from curate.errors import CurateError, UsageError
 from curate.multiply import Operand, exact_integers
+from curate.pooledvectors import Floats, Kind, Numbers, PooledVectors
 from curate.rundir import RunDirectory, folder
 from curate.scratch import Progress
-from curate.workers import in_order
 
-Kind = Literal["steps", "totals"]
-Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
-Numbers = npt.NDArray[np.int64]
 SLACK = 32
 """How many more candidates than twice those asked for are looked at first."""
 TOGETHER = 6
 """From so many queries on an integer product of a band is faster than as many FAISS scans."""
-
-
-class Vectors:
-    """Σ_k √η_k · sketch_k of one set; vector number v is slot v mod U of row v // U."""
-
-    def __init__(self, run: RunDirectory, set_name: str, kind: Kind) -> None:
-        weights = {name: eta for name, eta in run.manifest.weights.items() if eta > 0}
-        if not weights:
-            raise CurateError(f"{run.path} has no checkpoint of positive weight; sketch it first")
-        self.roots = [float(np.sqrt(eta)) for eta in weights.values()]
-        self.sources = [open_rows(run, set_name, name, kind) for name in weights]
-        self.rows, self.dim = self.sources[0].rows, self.sources[0].dim
-        self.slots = max(source.slots for source in self.sources)
-
-    def rows_of(self, start: int, stop: int) -> Floats:
-        """float32 (rows, U, M)."""
-        out = np.zeros((stop - start, self.slots, self.dim), dtype=np.float32)
-        for root, source in zip(self.roots, self.sources, strict=True):
-            block = source.read(start, stop)
-            out[:, : source.slots] += block.values * (root * block.scale)[:, :, None]
-        return out
-
-    def take(self, numbers: Numbers) -> Floats:
-        """float32 (V, M)."""
-        out = np.zeros((len(numbers), self.dim), dtype=np.float32)
-        rows, slots = np.divmod(numbers, self.slots)
-        for root, source in zip(self.roots, self.sources, strict=True):
-            block = source.take(rows, slots)
-            out += block.values[:, 0] * (root * block.scale)
-        return out
-
-    def norms(self) -> Floats:
-        """Norms of all vectors, (N · U,): four bytes each."""
-
-        def work(start: int, stop: int) -> Floats:
-            norms = np.linalg.norm(self.rows_of(start, stop), axis=2)
-            return np.asarray(norms.ravel(), dtype=np.float32)
-
-        blocks = spans(0, self.rows, block_rows(self.slots, self.dim))
-        with closing(in_order(work, blocks)) as results:
-            return np.concatenate([norms for _, norms in results])
 
 
 @dataclass(frozen=True)
@@ -143,7 +98,7 @@ def build_index(
 def _build(
     run: RunDirectory, set_name: str, kind: Kind, directory: Path, progress: Progress | None
 ) -> dict[str, Any]:
-    vectors = Vectors(run, set_name, kind)
+    vectors = PooledVectors(run, set_name, kind)
     norms = vectors.norms()
     lists = [np.arange(len(norms))]
     if not run.manifest.tied:
@@ -170,7 +125,7 @@ class Searcher:
         *,
         use_index: bool = True,
     ) -> None:
-        self.vectors = Vectors(run, set_name, kind)
+        self.vectors = PooledVectors(run, set_name, kind)
         self.bands = _bands(run, set_name, kind) if use_index else None
 
     def search(self, queries: npt.NDArray[Any], k: int, *, slot: int | None = None) -> list[Found]:
@@ -317,7 +272,7 @@ def search(
     return searcher.search(np.asarray(query)[None], k, slot=slot)[0]
 
 
-def _search_all(vectors: Vectors, queries: Doubles, k: int, slot: int | None) -> list[Found]:
+def _search_all(vectors: PooledVectors, queries: Doubles, k: int, slot: int | None) -> list[Found]:
     """The plain product over all rows, one block in memory at a time."""
     best = [(np.empty(0, dtype=np.int64), np.empty(0)) for _ in queries]
     for start, stop in spans(0, vectors.rows, block_rows(vectors.slots, vectors.dim)):
@@ -381,7 +336,7 @@ def neighbours(
 
 
 def _vector(run: RunDirectory, set_name: str, row: int, step: int) -> npt.NDArray[np.float64]:
-    vectors = Vectors(run, set_name, "steps")
+    vectors = PooledVectors(run, set_name, "steps")
     if not 0 <= row < vectors.rows:
         raise UsageError(f"row is {row}; set {set_name!r} has rows 0 to {vectors.rows - 1}")
     if not 1 <= step <= vectors.slots:

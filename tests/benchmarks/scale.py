@@ -126,7 +126,6 @@ def _rounding(scoring: Any) -> Line:
     held = {
         "digits": np.tensordot(weights, parts, 1) * scale[:, None],
         "one digit": parts[0] * scale[:, None],
-        "float32": values.astype(np.float32),
         "bf16": torch.from_numpy(values).bfloat16().double().numpy(),
     }
     size = np.linalg.norm(values, axis=1)
@@ -163,7 +162,8 @@ def search(folder: Path) -> Iterator[Line]:
     import torch
 
     from curate.bands import load_faiss
-    from curate.index import Searcher, Vectors, build_index
+    from curate.index import Searcher, build_index
+    from curate.pooledvectors import PooledVectors
     from curate.rundir import RunDirectory
 
     run = RunDirectory.open(folder)
@@ -175,7 +175,7 @@ def search(folder: Path) -> Iterator[Line]:
     begin = time.perf_counter()
     searcher = Searcher(run, "train", "totals")
     opened = time.perf_counter() - begin
-    steps = Vectors(run, "query", "steps").rows_of(0, run.manifest.sets["query"].rows)
+    steps = PooledVectors(run, "query", "steps").rows_of(0, run.manifest.sets["query"].rows)
     last = steps.shape[1]
     yield {"part": f"index m={steps.shape[2]}", "build s": built, "open s": opened}
     cases = {"whole": steps.sum(axis=1)}
