@@ -210,7 +210,7 @@ def commands(folder: Path) -> Iterator[Line]:
         "--help": ["--help"],
         "rank": ["rank", run, "measured"],
         "rank by formula": ["rank", run, "measured", "--by", "late - early", "--where", "total>0"],
-        "sql": ["sql", run, "SELECT count(*), avg(total), max(late) FROM influence"],
+        "sql": ["sql", run, _AGGREGATE],
         "sql, joined": [
             "sql",
             run,
@@ -226,6 +226,8 @@ def commands(folder: Path) -> Iterator[Line]:
             seconds.append(time.perf_counter() - begin)
         yield {"part": f"curate {name}", "seconds": statistics.median(seconds)}
 
+
+_AGGREGATE = "SELECT count(*), avg(total), max(late) FROM influence WHERE query = 'measured'"
 
 CHILDREN: dict[str, Callable[[Path], Iterator[Line]]] = {
     "scores": scores,
