@@ -6,9 +6,11 @@ Letters: N rows of a set, τ steps, M sketch dimension, U slots (1 where one tot
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,8 +22,11 @@ if TYPE_CHECKING:
     from sdi.shards import Shard
 
 Floats = npt.NDArray[np.float32]
+Numbers = npt.NDArray[np.int64]
 BLOCK_BYTES = 32 << 20
 """How many bytes of float32 one block may take."""
+AHEAD = 2
+"""How many shards the system is asked to read before they are wanted."""
 
 
 @dataclass(frozen=True)
@@ -55,18 +60,19 @@ class SketchRows:
                 f"{label}: sketches of {reached} of {rows} rows; run `curate sketch` first"
             )
         self._pieces = list(pieces)
+        self._starts = [first for first, _, _ in pieces]
+        # Plain arrays over the same maps: indexing a memmap costs several times as much.
+        self._plain = [self._whole(shard) for _, _, shard in pieces]
+        self._asked = 0
         self.rows = rows
         self.dim = int(pieces[0][2].values.shape[-1])
-        self.slots = max(
-            int(shard.values.shape[1]) if shard.values.ndim == 3 else 1 for _, _, shard in pieces
-        )
+        self.slots = max(self._slots(shard) for _, _, shard in pieces)
 
     def read(self, start: int, stop: int) -> Block:
         """Rows start..stop as they lie on disk; rows of fewer slots are filled up with zeros."""
         parts = [
-            self._cut(shard, max(start, first) - first, min(stop, last) - first)
-            for first, last, shard in self._pieces
-            if first < stop and last > start
+            self._cut(piece, max(start, first) - first, min(stop, last) - first)
+            for piece, first, last in self._between(start, stop)
         ]
         if len(parts) == 1:
             return parts[0]
@@ -76,22 +82,94 @@ class SketchRows:
             np.concatenate([part.norm for part in parts]),
         )
 
+    def take(self, rows: Numbers, slots: Numbers | None = None) -> Block:
+        """Any rows, in the order that is asked for; with `slots`, one slot of each, as U = 1."""
+        one = slots if self.slots > 1 else None
+        width = self.slots if slots is None else 1
+        found = Block(
+            np.zeros((len(rows), width, self.dim), dtype=np.int8),
+            np.zeros((len(rows), width), dtype=np.float32),
+            np.zeros((len(rows), width), dtype=np.float32),
+        )
+        owner = np.searchsorted(self._starts, rows, side="right") - 1
+        order = np.argsort(owner, kind="stable")
+        ends = [*(np.flatnonzero(np.diff(owner[order])) + 1).tolist(), len(order)]
+        sorted_rows, start = rows[order], 0
+        for end in ends if len(order) else ():
+            piece = owner[order[start]]
+            own = sorted_rows[start:end] - self._starts[piece]
+            which = None if one is None else one[order[start:end]]
+            arrays = self._plain[piece]
+            pairs: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = [
+                (found.values, arrays.values),
+                (found.scale, arrays.scale),
+                (found.norm, arrays.norm),
+            ]
+            for into, array in pairs:
+                if which is None:
+                    into[start:end, : array.shape[1]] = array[own]
+                else:
+                    there = np.flatnonzero(which < array.shape[1])
+                    into[start + there, 0] = array[own[there], which[there]]
+            start = end
+        back = np.argsort(order)
+        return Block(found.values[back], found.scale[back], found.norm[back])
+
+    def _between(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """Pieces that hold rows start..stop, with their own rows; the next ones are asked for."""
+        number = max(0, bisect_right(self._starts, start) - 1)
+        if start == 0:
+            self._asked = 0
+        while number < len(self._pieces) and self._starts[number] < stop:
+            first, last, _ = self._pieces[number]
+            yield number, first, last
+            number += 1
+        for coming in range(max(number, self._asked), min(number + AHEAD, len(self._pieces))):
+            _read_ahead(self._pieces[coming][2].values)
+            self._asked = coming + 1
+
+    @staticmethod
+    def _slots(shard: Shard) -> int:
+        return int(shard.values.shape[1]) if shard.values.ndim == 3 else 1
+
     def norms(self) -> Floats:
         """Norms of all rows, (N, U): four bytes a step."""
         return np.concatenate(
-            [self._cut(shard, 0, last - first).norm for first, last, shard in self._pieces]
+            [
+                self._cut(piece, 0, last - first).norm
+                for piece, (first, last, _) in enumerate(self._pieces)
+            ]
         )
 
-    def _cut(self, shard: Shard, start: int, stop: int) -> Block:
-        count = stop - start
-        values = shard.values[start:stop].reshape(count, -1, self.dim)
-        scale = np.asarray(shard.scale[start:stop]).reshape(count, -1)
-        norm = np.asarray(shard.norm[start:stop]).reshape(count, -1)
-        missing = self.slots - values.shape[1]
-        if missing:
-            values = np.pad(values, ((0, 0), (0, missing), (0, 0)))
-            scale, norm = (np.pad(array, ((0, 0), (0, missing))) for array in (scale, norm))
-        return Block(values, scale, norm)
+    def _whole(self, shard: Shard) -> Block:
+        """A shard as one block, not read yet."""
+        slots = self._slots(shard)
+        return Block(
+            np.asarray(shard.values).reshape(shard.rows, slots, -1),
+            np.asarray(shard.scale).reshape(shard.rows, slots),
+            np.asarray(shard.norm).reshape(shard.rows, slots),
+        )
+
+    def _cut(self, piece: int, start: int, stop: int) -> Block:
+        whole = self._plain[piece]
+        part = Block(whole.values[start:stop], whole.scale[start:stop], whole.norm[start:stop])
+        missing = self.slots - part.values.shape[1]
+        if not missing:
+            return part
+        scale, norm = (np.pad(array, ((0, 0), (0, missing))) for array in (part.scale, part.norm))
+        return Block(np.pad(part.values, ((0, 0), (0, missing), (0, 0))), scale, norm)
+
+
+def _read_ahead(array: npt.NDArray[np.int8]) -> None:
+    """Ask the system to read a mapped file, and do not wait for it."""
+    name = getattr(array, "filename", None)
+    if name is None or not hasattr(os, "posix_fadvise"):
+        return
+    descriptor = os.open(name, os.O_RDONLY)
+    try:
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+    finally:
+        os.close(descriptor)
 
 
 def open_rows(

@@ -5,17 +5,17 @@ so an inner product of two of them estimates M_{s,t} summed over the checkpoints
 made: `steps`, and of tied models `totals`, which answers with SDI_t.
 
 Gradient norms have heavy tails, which is where graphs and cells lose the true neighbours. Here
-vectors are sorted by norm into bands, each a flat FAISS index (fp16 from 10⁵ vectors on, float32
-below). A search goes down the bands until Cauchy-Schwarz says that no later vector can enter, and
-settles the candidates with the sketches themselves. It is exact up to fp16 ties, and where norms
-are nearly equal it reads everything: `Found.scanned` says how much. Without an index, or without
-FAISS, the same search is the plain product over the mapped shards. Where FAISS has a GPU the bands
-that were searched stay on it, in half precision; candidates are settled on the CPU either way.
+vectors are sorted by norm into `bands`. A search goes down the bands until Cauchy-Schwarz says that
+no later vector can enter, keeps whatever could be among the best by the bounds that a band gives,
+and settles those with the sketches themselves. So it is exact, up to ties, and where norms are
+nearly equal it reads everything: `Found.scanned` says how much. Without an index, or without FAISS,
+the same search is the plain product over the mapped shards. Where FAISS has a GPU the bands that
+were searched stay on it; candidates are settled on the CPU either way.
 
 An index is a cache; it is used only while it matches the sketches it was built from. Building and
 searching hold one band at a time. Untied models are searched at the query's own step only.
 
-Letters: N rows, τ steps, U slots, V vectors, M sketch dimension.
+Letters: N rows, τ steps, U slots, V vectors, Q queries, M sketch dimension.
 """
 
 from __future__ import annotations
@@ -23,66 +23,29 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import polars as pl
+import torch
 
-from curate import atomic
-from curate.blocks import block_rows, open_rows, spans
+from curate.bands import Band, Bands, load_faiss, rounding, write_bands
+from curate.blocks import block_rows, spans
 from curate.errors import CurateError, UsageError
+from curate.multiply import Operand, exact_integers
+from curate.pooledvectors import Floats, Kind, Numbers, PooledVectors
 from curate.rundir import RunDirectory, folder
 from curate.scratch import Progress
 
-Kind = Literal["steps", "totals"]
-Floats = npt.NDArray[np.float32]
-Numbers = npt.NDArray[np.int64]
-FLAT_BELOW = 100_000
-BAND_BYTES = 64 << 20
-KEPT_BANDS = 64
+Doubles = npt.NDArray[np.float64]
 SLACK = 32
-"""How many more candidates than asked are settled exactly, against rounding in fp16."""
-
-
-class Vectors:
-    """Σ_k √η_k · sketch_k of one set; vector number v is slot v mod U of row v // U."""
-
-    def __init__(self, run: RunDirectory, set_name: str, kind: Kind) -> None:
-        weights = {name: eta for name, eta in run.manifest.weights.items() if eta > 0}
-        if not weights:
-            raise CurateError(f"{run.path} has no checkpoint of positive weight; sketch it first")
-        self.roots = [float(np.sqrt(eta)) for eta in weights.values()]
-        self.sources = [open_rows(run, set_name, name, kind) for name in weights]
-        self.rows, self.dim = self.sources[0].rows, self.sources[0].dim
-        self.slots = max(source.slots for source in self.sources)
-
-    def rows_of(self, start: int, stop: int) -> Floats:
-        """float32 (rows, U, M)."""
-        out = np.zeros((stop - start, self.slots, self.dim), dtype=np.float32)
-        for root, source in zip(self.roots, self.sources, strict=True):
-            block = source.read(start, stop)
-            out[:, : source.slots] += block.values * (root * block.scale)[:, :, None]
-        return out
-
-    def take(self, numbers: Numbers) -> Floats:
-        """float32 (V, M), gathered row by row from the maps."""
-        out = np.empty((len(numbers), self.dim), dtype=np.float32)
-        for place in np.argsort(numbers, kind="stable"):
-            row, slot = divmod(int(numbers[place]), self.slots)
-            out[place] = self.rows_of(row, row + 1)[0, slot]
-        return out
-
-    def norms(self) -> Floats:
-        """Norms of all vectors, (N · U,): four bytes each."""
-        parts = [
-            np.linalg.norm(self.rows_of(a, b), axis=2).ravel().astype(np.float32)
-            for a, b in spans(0, self.rows, block_rows(self.slots, self.dim))
-        ]
-        return np.concatenate(parts)
+"""How many more candidates than twice those asked for are looked at first."""
+TOGETHER = 6
+"""From so many queries on an integer product of a band is faster than as many FAISS scans."""
 
 
 @dataclass(frozen=True)
@@ -98,28 +61,33 @@ def build_index(
     run: RunDirectory,
     set_name: str = "train",
     *,
+    kinds: Sequence[Kind] | None = None,
     overwrite: bool = False,
-    flat_below: int = FLAT_BELOW,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Build the indexes of a set where they are missing or out of date; return what was recorded.
 
+    Args:
+        kinds: which; by default the steps, and of a tied model the totals.
+
     Raises:
         CurateError: FAISS is not installed, or sketches are missing.
     """
-    faiss = _faiss()
+    load_faiss()
     with run.writing():
         digest = _digest(run, set_name)
+        made_of: Sequence[Kind] = ("steps", "totals") if run.manifest.tied else ("steps",)
+        wanted = made_of if kinds is None else kinds
         entry = run.manifest.indexes.get(set_name)
-        if entry and entry["digest"] == digest and not overwrite:
+        fresh = bool(entry and entry["digest"] == digest)
+        if entry and fresh and not overwrite and set(wanted) <= set(entry):
             return entry
         home = run.index_directory / folder(set_name)
-        made: dict[str, Any] = {"digest": digest, "set": set_name}
-        kinds: tuple[Kind, ...] = ("steps", "totals") if run.manifest.tied else ("steps",)
-        for kind in kinds:
+        made: dict[str, Any] = {**(entry or {})} if fresh else {"digest": digest, "set": set_name}
+        for kind in wanted:
             directory = home / f"{kind}-{digest}"
             shutil.rmtree(directory, ignore_errors=True)
-            made[kind] = _build(faiss, run, set_name, kind, directory, flat_below, progress)
+            made[kind] = _build(run, set_name, kind, directory, progress)
         run.update(lambda m: m.model_copy(update={"indexes": {**m.indexes, set_name: made}}))
         for old in home.iterdir():
             if not old.name.endswith(digest):
@@ -128,58 +96,165 @@ def build_index(
 
 
 def _build(
-    faiss: Any,
-    run: RunDirectory,
-    set_name: str,
-    kind: Kind,
-    directory: Path,
-    flat_below: int,
-    progress: Progress | None,
+    run: RunDirectory, set_name: str, kind: Kind, directory: Path, progress: Progress | None
 ) -> dict[str, Any]:
-    vectors = Vectors(run, set_name, kind)
+    vectors = PooledVectors(run, set_name, kind)
     norms = vectors.norms()
-    codec = "flat" if len(norms) < flat_below else "SQfp16"
     lists = [np.arange(len(norms))]
     if not run.manifest.tied:
         lists = [np.arange(slot, len(norms), vectors.slots) for slot in range(vectors.slots)]
-    bands: list[dict[str, Any]] = []
-    size = max(1, BAND_BYTES // (4 * vectors.dim))
-    for slot, members in enumerate(lists):
-        order = members[np.argsort(-norms[members], kind="stable")]
-        order = order[norms[order] > 0]
-        for start, stop in spans(0, len(order), size):
-            numbers = order[start:stop]
-            name = f"band-{len(bands):05d}"
-            top = float(norms[numbers[0]])
-            _write_band(faiss, directory / name, vectors.take(numbers) / top, codec, numbers)
-            bands.append({"name": name, "norm": top, "count": len(numbers), "slot": slot})
-            if progress:
-                progress(sum(band["count"] for band in bands), len(norms))
-    return {
-        "path": directory.relative_to(run.path).as_posix(),
-        "codec": codec,
-        "vectors": len(norms),
-        "bands": bands,
-    }
+    order = [members[np.argsort(-norms[members], kind="stable")] for members in lists]
+    order = [members[norms[members] > 0] for members in order]
+    bands = write_bands(directory, order, norms, vectors.take, progress)
+    path = directory.relative_to(run.path).as_posix()
+    return {"path": path, "vectors": len(norms), "bands": bands}
 
 
-def _write_band(faiss: Any, path: Path, values: Floats, codec: str, numbers: Numbers) -> None:
-    dim = values.shape[1]
-    if codec == "flat":
-        band = faiss.IndexFlatIP(dim)
-    else:
-        # Divided by the band's largest norm, so that small gradients stay within half precision.
-        kind = faiss.ScalarQuantizer.QT_fp16
-        band = faiss.IndexScalarQuantizer(dim, kind, faiss.METRIC_INNER_PRODUCT)
-        band.train(values)
-    band.add(values)
-    atomic.write_with(path.with_suffix(".faiss"), lambda to: faiss.write_index(band, str(to)))
+class Searcher:
+    """Searches of one set, with its sketches and its index kept open in between.
 
-    def save(to: Path) -> None:
-        with to.open("wb") as stream:
-            np.save(stream, numbers)
+    Args:
+        use_index: False for the plain product.
+    """
 
-    atomic.write_with(path.with_suffix(".npy"), save)
+    def __init__(
+        self,
+        run: RunDirectory,
+        set_name: str = "train",
+        kind: Kind = "steps",
+        *,
+        use_index: bool = True,
+    ) -> None:
+        self.vectors = PooledVectors(run, set_name, kind)
+        self.bands = _bands(run, set_name, kind) if use_index else None
+
+    def search(self, queries: npt.NDArray[Any], k: int, *, slot: int | None = None) -> list[Found]:
+        """For each of `queries` (Q, M) the k vectors with the largest inner product.
+
+        Args:
+            slot: of an untied model, the step to search.
+        """
+        exact = np.asarray(queries, dtype=np.float64)
+        if self.bands is None:
+            return _search_all(self.vectors, exact, k, slot)
+        descent = _Descent(self.bands, exact, k)
+        bands = [band for band in self.bands.bands if slot in (None, band.slot)]
+        seen = np.zeros(len(exact))
+        for band in bands:
+            active = descent.active(band)
+            if not len(active):
+                break
+            descent.look(band, active)
+            seen[active] += band.count
+        of = max(1, sum(band.count for band in bands))
+        best = self._settled(exact, descent.candidates, k)
+        return [Found(*own, count / of) for own, count in zip(best, seen, strict=True)]
+
+    def _settled(
+        self, queries: Doubles, candidates: Sequence[_Candidates], k: int
+    ) -> Iterator[tuple[Numbers, Doubles]]:
+        """The k best of each query's candidates, by the sketches themselves."""
+        for query, own in zip(queries, candidates, strict=True):
+            vectors = self.vectors.take(own.numbers)
+            yield _best(own.numbers, vectors.astype(np.float64) @ query, k)
+
+
+def _bands(run: RunDirectory, set_name: str, kind: Kind) -> Bands | None:
+    """The index of a set; None where there is none, it is out of date, or cannot be read."""
+    entry = run.manifest.indexes.get(set_name)
+    if not entry or kind not in entry or entry["digest"] != _digest(run, set_name):
+        return None
+    try:
+        return Bands(run.path / entry[kind]["path"], entry[kind]["bands"])
+    except (CurateError, OSError):
+        return None
+
+
+class _Candidates:
+    """Vectors that may be among the k best of a query, with bounds on their inner products.
+
+    `least` bounds the k-th best from below; what is below it is dropped.
+    """
+
+    def __init__(self, k: int) -> None:
+        self.k, self.least = k, -np.inf
+        self.numbers: Numbers = np.empty(0, dtype=np.int64)
+        self._low: Doubles = np.empty(0)
+        self._high: Doubles = np.empty(0)
+
+    def with_more(self, numbers: Numbers, low: Doubles, high: Doubles) -> _Candidates:
+        """These and others."""
+        out = _Candidates(self.k)
+        low, high = np.concatenate([self._low, low]), np.concatenate([self._high, high])
+        if len(low) >= self.k:
+            out.least = max(self.least, float(np.partition(low, -self.k)[-self.k]))
+        keep = high >= out.least
+        out.numbers = np.concatenate([self.numbers, numbers])[keep]
+        out._low, out._high = low[keep], high[keep]
+        return out
+
+
+class _Descent:
+    """Several queries on their way down the bands."""
+
+    def __init__(self, bands: Bands, queries: Doubles, k: int) -> None:
+        self._bands = bands
+        self.norms = np.linalg.norm(queries, axis=1)
+        self._units = queries / np.where(self.norms > 0, self.norms, 1.0)[:, None]
+        self._slack = rounding(queries.shape[1])
+        self.candidates = [_Candidates(k) for _ in queries]
+        self._together = len(queries) >= TOGETHER and exact_integers() and not bands.gpu
+        self._operand = Operand.of(self._units, torch.device("cpu")) if self._together else None
+
+    def active(self, band: Band) -> Numbers:
+        """The queries for which a vector of the band could still enter."""
+        # Below zero a bound from norms says nothing, so such a search reads every band.
+        least = np.array([own.least for own in self.candidates])
+        return np.flatnonzero(~(least >= band.norm * self.norms))
+
+    def look(self, band: Band, active: Numbers) -> None:
+        """Take what could enter from a band."""
+        if self._operand is None or len(active) < TOGETHER:
+            for query in active:
+                self._scan(band, int(query))
+            return
+        products = self._bands.products(band, self._operand.some(torch.from_numpy(active)))
+        scales = self._bands.scales_of(band)
+        for query, own in zip(active, products.T, strict=True):
+            least = self.candidates[query].least
+            places = np.flatnonzero(own * scales >= self._reach(band, least, query, scales))
+            if not np.isfinite(least):
+                places = np.arange(band.count)
+            self._take(band, int(query), own[places], places)
+
+    def _reach(self, band: Band, least: float, query: int, scales: Floats) -> Doubles:
+        """What product times scale a vector needs at least, (V,)."""
+        margin = (band.rest + self._slack) * scales
+        return np.asarray(least / (self.norms[query] or 1.0) - margin)
+
+    def _scan(self, band: Band, query: int) -> None:
+        """Ask FAISS for more and more of a band, until those that are left cannot enter."""
+        before = self.candidates[query]
+        unit = self._units[query].astype(np.float32)
+        want = min(band.count, 2 * before.k + SLACK)
+        while True:
+            dots, places = self._bands.nearest(band, unit, want)
+            self.candidates[query] = before
+            self._take(band, query, dots, places)
+            least = self.candidates[query].least / (self.norms[query] or 1.0)
+            if len(places) == band.count:
+                return
+            if least > 0 and dots[-1] < least / band.scale - band.rest - self._slack:
+                return
+            want = min(band.count, 4 * want)
+
+    def _take(self, band: Band, query: int, dots: Floats, places: Numbers) -> None:
+        scales = self._bands.scales_of(band)[places] * self.norms[query]
+        margin = band.rest + self._slack
+        numbers = self._bands.numbers[band.start + places]
+        low = np.where(np.isfinite(dots), (dots - margin) * scales, -np.inf)
+        high = (dots + margin) * scales
+        self.candidates[query] = self.candidates[query].with_more(numbers, low, high)
 
 
 def search(
@@ -192,77 +267,26 @@ def search(
     slot: int | None = None,
     use_index: bool = True,
 ) -> Found:
-    """The k vectors of a set with the largest inner product with `query` (M,).
-
-    Args:
-        slot: of an untied model, the step to search.
-        use_index: False for the plain product.
-    """
-    vectors = Vectors(run, set_name, kind)
-    entry = run.manifest.indexes.get(set_name) if use_index else None
-    if entry and kind in entry and entry["digest"] == _digest(run, set_name):
-        found = _search_bands(run, vectors, entry[kind], query, k, slot)
-        if found is not None:
-            return found
-    return _search_all(vectors, query, k, slot)
+    """One search for `query` (M,); see `Searcher`, which is faster for several."""
+    searcher = Searcher(run, set_name, kind, use_index=use_index)
+    return searcher.search(np.asarray(query)[None], k, slot=slot)[0]
 
 
-def _search_bands(
-    run: RunDirectory,
-    vectors: Vectors,
-    entry: dict[str, Any],
-    query: npt.NDArray[Any],
-    k: int,
-    slot: int | None,
-) -> Found | None:
-    """Down the bands until none can hold a better vector; None where the index cannot be read."""
-    try:
-        faiss = _faiss()
-    except CurateError:
-        return None
-    norm = float(np.linalg.norm(query))
-    target = (query / (norm or 1.0)).astype(np.float32)[None]
-    numbers, scores = np.empty(0, dtype=np.int64), np.empty(0)
-    seen = 0
-    # Negative products need every band, since a bound from norms says nothing below zero.
-    for band in entry["bands"]:
-        if slot is not None and band["slot"] != slot:
-            continue
-        if len(scores) >= k and np.partition(scores, -k)[-k] >= band["norm"] * norm:
-            break
-        path = run.path / entry["path"] / band["name"]
-        if not path.with_suffix(".faiss").exists() or not path.with_suffix(".npy").exists():
-            return None
-        index = _band(faiss, path.with_suffix(".faiss"))
-        _, places = index.search(target, min(band["count"], k + SLACK))
-        candidates = np.load(path.with_suffix(".npy"))[places[0]]
-        seen += band["count"]
-        exact = vectors.take(candidates).astype(np.float64) @ query
-        numbers, scores = _best(
-            np.concatenate([numbers, candidates]), np.concatenate([scores, exact]), k
-        )
-    of = sum(band["count"] for band in entry["bands"] if slot in (None, band["slot"]))
-    return Found(numbers, scores, seen / max(1, of))
-
-
-def _search_all(vectors: Vectors, query: npt.NDArray[Any], k: int, slot: int | None) -> Found:
+def _search_all(vectors: PooledVectors, queries: Doubles, k: int, slot: int | None) -> list[Found]:
     """The plain product over all rows, one block in memory at a time."""
-    numbers, scores = np.empty(0, dtype=np.int64), np.empty(0)
+    best = [(np.empty(0, dtype=np.int64), np.empty(0)) for _ in queries]
     for start, stop in spans(0, vectors.rows, block_rows(vectors.slots, vectors.dim)):
         block = vectors.rows_of(start, stop).reshape(-1, vectors.dim)
         own = np.arange(start * vectors.slots, stop * vectors.slots)
         here = block.any(axis=1) & ((own % vectors.slots == slot) if slot is not None else True)
-        numbers, scores = _best(
-            np.concatenate([numbers, own[here]]),
-            np.concatenate([scores, block[here].astype(np.float64) @ query]),
-            k,
-        )
-    return Found(numbers, scores, 1.0)
+        scores = block[here].astype(np.float64) @ queries.T
+        for number, (numbers, known) in enumerate(best):
+            more = np.concatenate([known, scores[:, number]])
+            best[number] = _best(np.concatenate([numbers, own[here]]), more, k)
+    return [Found(numbers, scores, 1.0) for numbers, scores in best]
 
 
-def _best(
-    numbers: Numbers, scores: npt.NDArray[np.float64], k: int
-) -> tuple[Numbers, npt.NDArray[np.float64]]:
+def _best(numbers: Numbers, scores: Doubles, k: int) -> tuple[Numbers, Doubles]:
     """The k largest, ties by number."""
     order = np.lexsort((numbers, -scores))[:k]
     return numbers[order], scores[order]
@@ -298,18 +322,11 @@ def neighbours(
     if of == "totals" and not tied:
         raise UsageError("an untied model has no totals; search its steps")
     vector = _vector(run, query or set_name, row, step)
-    slots = Vectors(run, set_name, of).slots
+    searcher = Searcher(run, set_name, of, use_index=use_index)
+    slots = searcher.vectors.slots
     own = query in (None, set_name)
-    slot = None if tied else step - 1
-    found = search(
-        run,
-        vector,
-        k + (slots if own else 0),
-        set_name=set_name,
-        kind=of,
-        slot=slot,
-        use_index=use_index,
-    )
+    more = k + (slots if own else 0)
+    found = searcher.search(vector[None], more, slot=None if tied else step - 1)[0]
     keep = np.flatnonzero((found.numbers // slots != row) | (not own))[:k]
     data: dict[str, Any] = {"row": found.numbers[keep] // slots}
     if of == "steps":
@@ -319,7 +336,7 @@ def neighbours(
 
 
 def _vector(run: RunDirectory, set_name: str, row: int, step: int) -> npt.NDArray[np.float64]:
-    vectors = Vectors(run, set_name, "steps")
+    vectors = PooledVectors(run, set_name, "steps")
     if not 0 <= row < vectors.rows:
         raise UsageError(f"row is {row}; set {set_name!r} has rows 0 to {vectors.rows - 1}")
     if not 1 <= step <= vectors.slots:
@@ -348,36 +365,5 @@ def _digest(run: RunDirectory, set_name: str) -> str:
         for shard in manifest.shards
         if shard.set == set_name and shard.kind != "rows"
     )
-    said = json.dumps([1, manifest.weights, shards], sort_keys=True)
+    said = json.dumps([2, manifest.weights, shards], sort_keys=True)
     return hashlib.sha256(said.encode()).hexdigest()[:12]
-
-
-def _band(faiss: Any, path: Path) -> Any:
-    """A band's index: mapped, or on the first GPU, where it stays for the next search."""
-    if getattr(faiss, "get_num_gpus", int)() == 0:
-        return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
-    return _on_gpu(path, path.stat().st_mtime_ns)
-
-
-@lru_cache(maxsize=KEPT_BANDS)
-def _on_gpu(path: Path, _changed: int) -> Any:
-    """A band on the GPU, flat and in half precision: its scalar quantizer is the CPU's alone."""
-    faiss = _faiss()
-    index = faiss.read_index(str(path))
-    if not isinstance(index, faiss.IndexFlat):
-        flat = faiss.IndexFlatIP(index.d)
-        flat.add(index.reconstruct_n(0, index.ntotal))
-        index = flat
-    options = faiss.GpuClonerOptions()
-    options.useFloat16 = True
-    return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index, options)
-
-
-def _faiss() -> Any:
-    try:
-        import faiss
-    except ImportError as error:
-        raise CurateError(
-            "faiss is not installed; install sdi-curate[cpu] or sdi-curate[gpu], never both"
-        ) from error
-    return faiss

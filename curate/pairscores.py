@@ -2,7 +2,7 @@
 
 Queries are taken in chunks whose vectors fit in memory; each chunk reads the training sketches
 once and becomes one file, which is whole when it is there. So an interrupted run goes on with the
-next chunk.
+next chunk. The best rows are found by a survey of all of them, and then scored with all columns.
 
 Letters: Q queries of the chunk, B rows of a block, k rows kept, τ steps.
 """
@@ -10,6 +10,7 @@ Letters: Q queries of the chunk, B rows of a block, k rows kept, τ steps.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,9 @@ from curate.errors import UsageError
 from curate.influencetable import write_parquet
 from curate.manifest import File
 from curate.product import EXTRA
-from curate.queryvectors import Doubles, Groups
+from curate.queryvectors import Doubles, Groups, QueryVectors
+from curate.survey import Ranking, survey
+from curate.workers import in_order
 
 if TYPE_CHECKING:
     from curate.scores import Scoring
@@ -75,66 +78,52 @@ def ranked_by(name: str, steps: int) -> tuple[int, ...]:
     return (names.index(name),)
 
 
-def _blocks(scoring: Scoring, groups: Groups) -> Iterator[tuple[int, Doubles]]:
-    """(first row, scores (B, Q, τ + 8)) over the training set."""
-    bound = scoring.product.bind(scoring.vectors(groups))
-    for start, stop in spans(0, scoring.product.rows, scoring.product.block(bound)):
-        yield start, scoring.product.score(bound, start, stop)
-
-
 def _tops(scoring: Scoring, span: tuple[int, int], ranked: tuple[int, ...]) -> pl.DataFrame:
     groups = Groups.single(*span)
-    keep = min(int(scoring.detail["top_k"]), scoring.product.rows)
-    best: tuple[Doubles, Rows, Doubles] | None = None
-    moments: list[Moments] = []
-    for start, raw in _blocks(scoring, groups):
-        moments = [Moments.together([*moments, Moments.of(raw)])]
-        best = _merge(best, start, raw.transpose(1, 0, 2), ranked, keep)
-    if best is None:
-        return pl.DataFrame()
+    product, vectors = scoring.product, scoring.vectors(groups)
+    early, late = (mask[slice(*span)] for mask in scoring.side.masks)
+    ranking = Ranking.of(str(scoring.detail["top_by"]), ranked)
+    found = survey(product, vectors, (early, late), ranking, int(scoring.detail["top_k"]))
+    rows, raw = found.rows, np.empty((*found.rows.shape, scoring.side.steps + len(EXTRA)))
+    for query, own in enumerate(rows):
+        own.sort()
+        bound = product.bind([_single(one, query) for one in vectors])
+        scores = product.score_rows(bound, own)[:, 0]
+        order = np.argsort(-_key(scores, ranked), kind="stable")  # ties by row
+        own[:], raw[query] = own[order], scores[order]
+    keep = rows.shape[1]
+    each = np.repeat(np.arange(len(rows)), keep)
     standard = scoring.settings.contrast == "standardised"
-    absent = scoring.side.absent(groups)
-    errors = scoring.settings.precondition is None
-    frames = []
-    for query in range(len(groups.names)):
-        own = Moments(moments[0].count, moments[0].mean[:, query], moments[0].square[:, query])
-        frame = finish(
-            best[2][query], own if standard else None, absent=absent[query], errors=errors
-        )
-        ranks = np.arange(1, len(frame) + 1, dtype=np.int64)
-        frames.append(_keyed(frame, span[0] + query, best[1][query], ranks))
-    return pl.concat(frames)
-
-
-def _merge(
-    best: tuple[Doubles, Rows, Doubles] | None,
-    start: int,
-    raw: Doubles,
-    ranked: tuple[int, ...],
-    keep: int,
-) -> tuple[Doubles, Rows, Doubles]:
-    """The best `keep` of what was there and of a block (Q, B, τ + 8); ties by row."""
-    chosen = raw[..., list(ranked)]
-    key = np.nansum(np.abs(chosen), axis=-1) if len(ranked) > 1 else np.nan_to_num(chosen[..., 0])
-    rows = np.broadcast_to(np.arange(start, start + raw.shape[1]), key.shape)
-    if best is not None:
-        key = np.concatenate([best[0], key], axis=1)
-        rows = np.concatenate([best[1], rows], axis=1)
-        raw = np.concatenate([best[2], raw], axis=1)
-    # Rows come in rising order, so that a stable sort settles ties by row.
-    order = np.argsort(-key, axis=1, kind="stable")[:, :keep]
-    return (
-        np.take_along_axis(key, order, axis=1),
-        np.take_along_axis(rows, order, axis=1),
-        np.take_along_axis(raw, order[..., None], axis=1),
+    moments = found.moments
+    frame = finish(
+        raw.reshape(len(each), -1),
+        Moments(moments.count, moments.mean[:, each], moments.square[:, each])
+        if standard
+        else None,
+        absent=scoring.side.absent(groups)[each],
+        errors=scoring.settings.precondition is None,
     )
+    ranks = np.tile(np.arange(1, keep + 1, dtype=np.int64), len(rows))
+    return _keyed(frame, span[0] + each, rows.ravel(), ranks)
 
 
-def _keyed(frame: pl.DataFrame, query: int, rows: Rows, ranks: Rows | None = None) -> pl.DataFrame:
-    keys = [
-        pl.Series("query_row", np.full(len(frame), query, dtype=np.int64)),
-        pl.Series("row", rows.astype(np.int64)),
-    ]
+def _single(vectors: QueryVectors, query: int) -> QueryVectors:
+    """One of several groups."""
+    own = slice(query, query + 1)
+    return QueryVectors(vectors.values[:, own], vectors.gram[:, own])
+
+
+def _key(raw: Doubles, ranked: tuple[int, ...]) -> Doubles:
+    """What orders rows of raw scores (B, τ + 8)."""
+    chosen = raw[:, list(ranked)]
+    key = np.abs(chosen) if len(ranked) > 1 else chosen
+    return np.asarray(np.nansum(key, axis=1))
+
+
+def _keyed(
+    frame: pl.DataFrame, queries: Rows, rows: Rows, ranks: Rows | None = None
+) -> pl.DataFrame:
+    keys = [pl.Series("query_row", queries), pl.Series("row", rows.astype(np.int64))]
     if ranks is not None:
         keys.append(pl.Series("rank", ranks))
     return pl.DataFrame(keys).hstack(frame)
@@ -144,13 +133,17 @@ def _pairs(scoring: Scoring, span: tuple[int, int]) -> Iterator[pl.DataFrame]:
     groups = Groups.single(*span)
     absent = scoring.side.absent(groups)
     errors = scoring.settings.precondition is None
-    for start, raw in _blocks(scoring, groups):
-        rows = np.arange(start, start + len(raw))
-        yield pl.concat(
-            _keyed(
-                finish(raw[:, query], None, absent=absent[query], errors=errors),
-                span[0] + query,
-                rows,
-            )
-            for query in range(len(groups.names))
-        )
+    product = scoring.product
+    bound = product.bind(scoring.vectors(groups))
+    queries = np.arange(*span)
+
+    def work(start: int, stop: int) -> pl.DataFrame:
+        raw = product.score(bound, start, stop).transpose(1, 0, 2)
+        each = np.repeat(np.arange(len(queries)), stop - start)
+        flat = raw.reshape(len(each), -1)
+        frame = finish(flat, None, absent=absent[each], errors=errors)
+        return _keyed(frame, queries[each], np.tile(np.arange(start, stop), len(queries)))
+
+    blocks = spans(0, product.rows, product.block(bound))
+    with closing(in_order(work, blocks, threads=product.threads)) as results:
+        yield from (frame for _, frame in results)

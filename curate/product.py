@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from curate.blocks import block_rows, open_rows
+from curate.blocks import Block, open_rows
+from curate.multiply import Operand, as_tensor
 from curate.queryvectors import Doubles, QueryVectors
 
 if TYPE_CHECKING:
@@ -29,20 +30,43 @@ if TYPE_CHECKING:
 
 EXTRA = ("total", "early", "late", "total_var", "early_var", "late_var", "window_cov", "noise")
 """What stands behind the step columns of `Product.score`; `noise` is the energy of noise alone."""
-_TEMPORARIES = 2 << 20
+_BLOCK = 4 << 20
+"""Bytes of sketches in a block: with what comes of them they fit in a processor's cache."""
+_LEAST, _MOST = 16, 4096
+_PRODUCTS = 2 << 20
+"""Bytes of products in float64 that a block may have."""
 
 
 @dataclass(frozen=True)
 class Bound:
-    """Query vectors of all checkpoints, on the device that multiplies."""
+    """Query vectors of all checkpoints, on the device that multiplies.
 
-    values: tuple[torch.Tensor, ...]
+    Attributes:
+        vectors: by checkpoint and slot, G · C vectors each, those of a group side by side.
+        shape: (G, C).
+    """
+
+    vectors: tuple[tuple[Operand, ...], ...]
     grams: tuple[Doubles, ...]
+    shape: tuple[int, int]
 
     @property
     def groups(self) -> int:
         """G."""
-        return int(self.values[0].shape[1])
+        return self.shape[0]
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The step vectors of all groups, for scores without windows and errors.
+
+    Attributes:
+        vectors: by checkpoint and slot; the groups' vectors of one step are side by side.
+        shape: (τ, G).
+    """
+
+    vectors: tuple[tuple[Operand, ...], ...]
+    shape: tuple[int, int]
 
 
 class Product:
@@ -74,49 +98,100 @@ class Product:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(device)
 
+    @property
+    def threads(self) -> int:
+        """How many blocks are worked on at once."""
+        return torch.get_num_threads() if self.device.type == "cpu" else 1
+
     def bind(self, vectors: Sequence[QueryVectors]) -> Bound:
         """Bring query vectors to the device, in the order of the checkpoints."""
-        values = tuple(torch.from_numpy(one.values).to(self.device) for one in vectors)
-        return Bound(values, tuple(one.gram for one in vectors))
+        _, groups, columns, dim = vectors[0].values.shape
+        laid = tuple(
+            tuple(Operand.of(slot.reshape(-1, dim), self.device) for slot in one.values)
+            for one in vectors
+        )
+        return Bound(laid, tuple(one.gram for one in vectors), (groups, columns))
 
-    def block(self, bound: Bound) -> int:
+    def bind_steps(self, vectors: Sequence[QueryVectors]) -> Steps:
+        """Bring the step vectors alone to the device."""
+        slots, groups, columns, dim = vectors[0].values.shape
+        laid = tuple(
+            tuple(
+                Operand.of(slot[:, :-2].transpose(1, 0, 2).reshape(-1, dim), self.device)
+                for slot in one.values
+            )
+            for one in vectors
+        )
+        return Steps(laid, (slots * (columns - 2), groups))
+
+    def block(self, bound: Bound | Steps) -> int:
         """How many rows to score at once."""
-        _, groups, columns, _ = bound.values[0].shape
-        most = _TEMPORARIES // (8 * self.slots * groups * columns)
-        return max(16, min(most, block_rows(self.slots, self.dim)))
+        most = _PRODUCTS // (8 * self.slots * bound.shape[0] * bound.shape[1])
+        return max(_LEAST, min(_MOST, most, _BLOCK // (self.slots * self.dim)))
 
     def score(self, bound: Bound, start: int, stop: int) -> npt.NDArray[np.float64]:
         """Scores of rows start..stop, (B, G, τ + 8): the steps, then the columns of `EXTRA`.
 
         A step that an untied row does not have is NaN.
         """
-        blocks = [source.read(start, stop) for source in self.sources.values()]
+        return self._score(bound, [s.read(start, stop) for s in self.sources.values()])
+
+    def score_rows(self, bound: Bound, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
+        """`score` of any rows."""
+        return self._score(bound, [s.take(rows) for s in self.sources.values()])
+
+    def _score(self, bound: Bound, blocks: list[Block]) -> npt.NDArray[np.float64]:
         norms = [_widen(block.norm.astype(np.float64), self.slots) for block in blocks]
-        square = sum(eta * norm**2 for eta, norm in zip(self.weights.values(), norms, strict=True))
-        joint = np.sqrt(np.asarray(square))
-        with np.errstate(divide="ignore"):
-            factor = np.where(joint > 0, 1.0 / joint, 0.0) if self.cosine else np.ones_like(joint)
+        joint, factor = self._factor(norms)
         total = _Sums()
         for number, (eta, block) in enumerate(zip(self.weights.values(), blocks, strict=True)):
-            products = self._multiply(block.values, block.scale, bound.values[number])
+            products = self._multiply(block, bound.vectors[number], bound.shape)
             products *= factor[:, :, None, None]
             total.add(eta, products, (norms[number] * factor) ** 2, bound.grams[number], self.dim)
         return total.table(absent=(joint == 0) if self.slots > 1 else None)
 
+    def _factor(self, norms: Sequence[Doubles]) -> tuple[Doubles, Doubles]:
+        """Norms over all checkpoints, and what cosine scores are multiplied with; both (B, U)."""
+        square = sum(eta * norm**2 for eta, norm in zip(self.weights.values(), norms, strict=True))
+        joint = np.sqrt(np.asarray(square))
+        if not self.cosine:
+            return joint, np.ones_like(joint)
+        with np.errstate(divide="ignore"):
+            return joint, np.where(joint > 0, 1.0 / joint, 0.0)
+
     def _multiply(
-        self, values: npt.NDArray[np.int8], scale: npt.NDArray[np.float32], vectors: torch.Tensor
+        self, block: Block, vectors: Sequence[Operand], shape: tuple[int, int]
     ) -> Doubles:
-        """int8 (B, U, M) times (U, G, C, M) → float64 (B, U, G, C)."""
-        rows, slots, dim = values.shape
-        _, groups, columns, _ = vectors.shape
-        out = np.zeros((rows, self.slots, groups, columns))
-        whole = torch.from_numpy(np.array(values)).to(self.device)
-        for slot in range(slots):
-            right = vectors[slot].reshape(groups * columns, dim)
-            product = (whole[:, slot].float() @ right.T).cpu().numpy()
-            out[:, slot] = product.reshape(rows, groups, columns)
-        out *= _widen(scale.astype(np.float64), self.slots)[:, :, None, None]
+        """int8 (B, U, M) times U lots of G · C vectors → float64 (B, U, G, C)."""
+        rows = as_tensor(block.values)
+        all_slots = rows.shape[1] == self.slots
+        out = (np.empty if all_slots else np.zeros)((len(rows), self.slots, *shape))
+        for slot in range(rows.shape[1]):
+            product = vectors[slot].times(rows[:, slot]).numpy()
+            scale = block.scale[:, slot, None].astype(np.float64)
+            np.multiply(product, scale, out=out[:, slot].reshape(len(rows), -1))
         return out
+
+    def steps(self, bound: Steps, start: int, stop: int) -> torch.Tensor:
+        """SDI of rows start..stop at each step, float32 (B, τ, G); 0 where a step is absent."""
+        blocks = [source.read(start, stop) for source in self.sources.values()]
+        factor = np.ones((1, self.slots))
+        if self.cosine:
+            norms = [_widen(block.norm.astype(np.float64), self.slots) for block in blocks]
+            _, factor = self._factor(norms)
+        whole: list[torch.Tensor] = []
+        for eta, block, vectors in zip(self.weights.values(), blocks, bound.vectors, strict=True):
+            rows = as_tensor(block.values)
+            scale = torch.from_numpy(np.float32(eta) * factor[:, : rows.shape[1]] * block.scale)
+            for slot in range(rows.shape[1]):
+                part = vectors[slot].times(rows[:, slot], torch.float32)
+                part.mul_(scale[:, slot, None])
+                if slot == len(whole):
+                    whole.append(part)
+                else:
+                    whole[slot] += part
+        parts = [part.view(stop - start, -1, bound.shape[1]) for part in whole]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
 class _Sums:
@@ -168,4 +243,5 @@ def _flat(array: Doubles) -> Doubles:
 
 
 def _widen(array: Doubles, slots: int) -> Doubles:
-    return np.pad(array, ((0, 0), (0, slots - array.shape[1])))
+    missing = slots - array.shape[1]
+    return np.pad(array, ((0, 0), (0, missing))) if missing else array

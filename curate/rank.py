@@ -91,12 +91,16 @@ def rank_frame(frame: pl.DataFrame, config: RankConfig) -> pl.DataFrame:
     if config.top is not None and config.top < 1:
         raise UsageError(f"--top is {config.top}, expected 1 or more")
     found = scored(frame, config.by, descending=config.descending, where=config.where)
-    best = found.filter(pl.col("rank").is_not_null()).sort("rank")
+    best = _arranged(found.filter(pl.col("rank").is_not_null()).sort("rank"))
+    return best if config.top is None else best.head(config.top)
+
+
+def _arranged(best: pl.DataFrame) -> pl.DataFrame:
+    """What identifies a row first, its text last."""
     last = [name for name in ("text",) if name in best.columns]
     first = [name for name in SHOWN if name in best.columns]
     rest = [name for name in best.columns if name not in {*first, *last, "passes"}]
-    best = best.select(*first, *rest, *last)
-    return best if config.top is None else best.head(config.top)
+    return best.select(*first, *rest, *last)
 
 
 def default_query(run: RunDirectory, query: str | None) -> str:
@@ -112,12 +116,47 @@ def default_query(run: RunDirectory, query: str | None) -> str:
 
 def scored_examples(run: RunDirectory, query: str) -> pl.DataFrame:
     """Every training row with its influence on `query` and its example columns, by row."""
+    return _joined(run, query).sort("row").collect()
+
+
+def _joined(run: RunDirectory, query: str, rows: list[int] | None = None) -> pl.LazyFrame:
+    """The same, unread and in the order of the rows' table; of some rows on request."""
     entry = run.influence_entry(query)
-    influence = run.influence(query).collect()
-    examples = run.examples(entry.train_set).collect()
-    ours = [name for name in examples.columns if name == "row" or name not in influence.columns]
-    joined = examples.select(ours).join(influence, on="row", how="left", maintain_order="left")
-    return joined.sort("row")
+    influence, examples = run.influence(query), run.examples(entry.train_set)
+    known = set(influence.collect_schema().names()) - {"row"}
+    ours = [name for name in examples.collect_schema().names() if name not in known]
+    if rows is not None:  # on both sides, so that neither is read whole
+        influence, examples = (
+            table.filter(pl.col("row").is_in(rows)) for table in (influence, examples)
+        )
+    return examples.select(ours).join(influence, on="row", how="left", maintain_order="left")
+
+
+def _ranked(run: RunDirectory, query: str, config: RankConfig) -> pl.DataFrame:
+    """The best rows, from no more columns than the configuration names."""
+    text = f"{config.by} {config.where or ''}".lower()
+    influence = run.influence(query)
+    table = influence
+    missing = config.by not in influence.collect_schema().names() or config.where is not None
+    if missing:
+        table = _joined(run, query)
+    names = table.collect_schema().names()
+    wanted = [name for name in names if name in ("row", f"{config.by}_se") or name.lower() in text]
+    frame = table.select(wanted).collect()
+    return rank_frame((_front(frame, config) if not missing else frame).sort("row"), config)
+
+
+def _front(frame: pl.DataFrame, config: RankConfig) -> pl.DataFrame:
+    """The rows that reach the `top` place by a plain column, ties included."""
+    score = frame[config.by]
+    if config.top is None or not score.dtype.is_numeric():
+        return frame
+    score = score.cast(pl.Float64).fill_nan(None)
+    first = score.drop_nulls()
+    ends = first.top_k(config.top) if config.descending else first.bottom_k(config.top)
+    if not len(ends):
+        return frame
+    return frame.filter(score >= ends.min() if config.descending else score <= ends.max())
 
 
 def rank(
@@ -131,7 +170,18 @@ def rank(
     """The rows of a run's training set in order of their influence on `query`.
 
     `by` is early, late, total, contrast, peak, centre, energy, any other column of the influence
-    or the examples table, or an SQL expression over both.
+    or the examples table, or an SQL expression over both. Where only the `top` are asked for, the
+    columns that `by` and `where` name are read whole, and the others of those rows alone.
     """
-    frame = scored_examples(run, default_query(run, query))
-    return rank_frame(frame, RankConfig(by=by, descending=descending, where=where, top=top))
+    config = RankConfig(by=by, descending=descending, where=where, top=top)
+    query = default_query(run, query)
+    if top is None or top < 1:
+        return rank_frame(scored_examples(run, query), config)
+    try:
+        best = _ranked(run, query, config)
+    except UsageError:  # the message names the columns there are, so it needs them all
+        return rank_frame(scored_examples(run, query), config)
+    whole = _joined(run, query, best["row"].to_list()).collect()
+    kept = best.select("row", "score", "score_se", "rank")
+    found = whole.drop("score", "score_se", "rank", "passes", strict=False).join(kept, on="row")
+    return _arranged(found.sort("rank"))

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import closing
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -34,8 +35,9 @@ from curate.rundir import RunDirectory, folder
 from curate.scoresettings import ScoreSettings, chosen_weights, data_digest, group_labels
 from curate.scratch import TABLE_ROWS, Progress, Raw, Scratch
 from curate.windows import Windows
+from curate.workers import in_order
 
-VERSION = 2
+VERSION = 3
 """Part of every digest: raise it where the same settings give other numbers."""
 VECTOR_BYTES = 96 << 20
 KEPT_INVERSES = 4
@@ -225,10 +227,15 @@ class Scoring:
         bound = self.product.bind(self.vectors(groups))
         width = self.side.steps + 8
 
-        def blocks(start: int, stop: int) -> Iterator[Doubles]:
-            for first, last in spans(start, stop, self.product.block(bound)):
-                yield self.product.score(bound, first, last)
-                progress(last, self.product.rows)
+        def work(first: int, last: int) -> Raw:
+            return self.product.score(bound, first, last).astype(np.float32)
+
+        def blocks(start: int, stop: int) -> Iterator[Raw]:
+            own = spans(start, stop, self.product.block(bound))
+            with closing(in_order(work, own, threads=self.product.threads)) as results:
+                for (_, last), raw in results:
+                    yield raw
+                    progress(last, self.product.rows)
 
         for part in missing:
             start, stop = scratch.parts[part]

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from curate import index
+from curate import bands, index
 from curate.errors import UsageError
 from tests.sketchedrun import WEIGHTS, Made, make
 
@@ -23,15 +23,12 @@ def pooled(made: Made, name: str, kind: str = "values") -> np.ndarray:
     return sum(np.sqrt(w) * getattr(made, kind)[name, c] for c, w in WEIGHTS.items())
 
 
-@pytest.mark.parametrize("flat_below", [100_000, 0])
 @pytest.mark.parametrize("tied", [True, False])
-def test_index_is_exact(
-    tmp_path: Path, tied: bool, flat_below: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Both codecs find what the plain product finds, which is brute force's M_{s,t}."""
-    monkeypatch.setattr(index, "BAND_BYTES", 40 * 64 * 4)
+def test_index_is_exact(tmp_path: Path, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bands find what the plain product finds, which is brute force's M_{s,t}."""
+    monkeypatch.setattr(bands, "BAND_BYTES", 40 * 64 * 4)
     made = make(tmp_path / "run", rows=90, tied=tied)
-    index.build_index(made.run, flat_below=flat_below)
+    index.build_index(made.run)
     train, query = pooled(made, "train"), pooled(made, "test")
     for row in range(3):
         scores = np.einsum("ntm,m->nt", train, query[row, 1])
@@ -46,6 +43,38 @@ def test_index_is_exact(
             assert found["id"][0] == f"train{found['row'][0]}"
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("queries", [3, 12])
+def test_many_queries_at_once(
+    tmp_path: Path, tied: bool, queries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Scanned one by one or multiplied together, from small bands or with none: the same rows,
+    which are brute force's; so too for opposite vectors, zero, and more rows than there are.
+    """
+    monkeypatch.setattr(bands, "BAND_BYTES", 40 * 64 * 4)
+    monkeypatch.setattr(index, "SLACK", 0)  # so that a scan has to ask for more
+    made = make(tmp_path / "run", rows=90, tied=tied)
+    index.build_index(made.run)
+    train = pooled(made, "train")
+    vectors = np.random.default_rng(0).normal(size=(queries, 64))
+    vectors[1], vectors[2] = -train[3, 3], train[3, 3]
+    slot = None if tied else 2
+    scores = np.einsum("ntm,qm->qnt", train, vectors)
+    if slot is not None:
+        scores[:, :, [0, 1, 3]] = -np.inf
+    for k in (1, 10, 70, 1000):
+        searcher = index.Searcher(made.run)
+        assert searcher.bands is not None and len(searcher.bands.bands) > 2
+        there = min(k, 90 if slot is not None else 360)
+        plain = index.Searcher(made.run, use_index=False).search(vectors, k, slot=slot)
+        for own, found, same in zip(scores, searcher.search(vectors, k, slot=slot), plain,
+                                    strict=True):  # fmt: skip
+            order = np.argsort(-own, axis=None, kind="stable")[:there]
+            assert found.numbers.tolist() == same.numbers.tolist() == order.tolist()
+            np.testing.assert_allclose(found.scores, own.ravel()[order], rtol=1e-4, atol=1e-7)
+    assert len(searcher.search(np.zeros((1, 64)), 5)[0].numbers) == 5
+
+
 def test_totals_answer_with_influence(tmp_path: Path) -> None:
     """The index of totals gives the rows with the largest SDI_t."""
     made = make(tmp_path / "run")
@@ -57,7 +86,7 @@ def test_totals_answer_with_influence(tmp_path: Path) -> None:
 
 def test_bound_skips_bands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With norms of heavy tails a search ends before the last band, and says how much it read."""
-    monkeypatch.setattr(index, "BAND_BYTES", 20 * 64 * 4)
+    monkeypatch.setattr(bands, "BAND_BYTES", 20 * 64 * 4)
     made = make(tmp_path / "run", rows=200)
     index.build_index(made.run)
     query = pooled(made, "train")[:, 3]
@@ -91,9 +120,8 @@ def test_bad_place(tmp_path: Path, row: int, step: int, message: str) -> None:
         index.neighbours(run, row=row, step=step)
 
 
-@pytest.mark.parametrize("flat_below", [100_000, 0])
 def test_bands_stay_on_a_gpu_where_faiss_has_one(
-    tmp_path: Path, flat_below: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a GPU (a stand-in for one) a band is brought there once, and finds the same."""
     faiss = pytest.importorskip("faiss")
@@ -105,7 +133,7 @@ def test_bands_stay_on_a_gpu_where_faiss_has_one(
         return band
 
     made = make(tmp_path / "run", rows=90)
-    index.build_index(made.run, flat_below=flat_below)
+    index.build_index(made.run)
     expected = index.neighbours(made.run, row=1, step=2, query="test")
     stands_in = {
         "get_num_gpus": lambda: 1,
@@ -115,9 +143,9 @@ def test_bands_stay_on_a_gpu_where_faiss_has_one(
     }
     for name, value in stands_in.items():
         monkeypatch.setattr(faiss, name, value, raising=False)
-    index._on_gpu.cache_clear()
+    bands._on_gpu.cache_clear()
     for _ in range(2):
         found = index.neighbours(made.run, row=1, step=2, query="test")
         assert found["row"].to_list() == expected["row"].to_list()
     assert brought == [360]
-    index._on_gpu.cache_clear()
+    bands._on_gpu.cache_clear()

@@ -12,7 +12,7 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
-from curate import scores, scratch
+from curate import product, scores, scratch
 from curate.errors import CurateError, UsageError
 from curate.scores import score_run
 from curate.windows import Windows
@@ -149,6 +149,45 @@ def test_tops_and_pairs(tmp_path: Path, tied: bool) -> None:
         np.testing.assert_allclose(
             best["contrast"].to_numpy(), expected["contrast"][order], rtol=1e-3, atol=1e-4
         )
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["dot", "cosine"])
+@pytest.mark.parametrize("by", ["total", "early", "late", "energy", "s02"])
+def test_tops_by_any_column(tmp_path: Path, tied: bool, kind: Any, by: str) -> None:
+    """Whatever ranks them, the best rows and their columns are those of brute force."""
+    made = make(tmp_path / "run", tied=tied, depths=DEPTHS)
+    score_run(made.run, "test", top_k=6, top_by=by, kind=kind)
+    tops = made.run.tops("test").collect()
+    for query in range(7):
+        expected = brute(made, [query], tied=tied, cosine=kind == "cosine")
+        best = tops.filter(pl.col("query_row") == query)
+        order = np.argsort(-expected[by], kind="stable")[:6]
+        if np.abs(expected[by]).max() > 0:  # a step that the query lacks ranks nothing
+            assert best["row"].to_list() == order.tolist()
+        for name in ("s01", "total", "late", "total_se", "energy", "energy_noise"):
+            values = expected[name][best["row"].to_numpy()]
+            size = np.abs(expected[name]).max()
+            np.testing.assert_allclose(best[name], values, rtol=2e-4, atol=2e-5 * size)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_blocks_and_threads_change_nothing(
+    tmp_path: Path, tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows scored a few at a time in three threads have the scores of one block in one thread."""
+    once, often = (make(tmp_path / name / "run", tied=tied, depths=DEPTHS) for name in "ab")
+    score_run(once.run, "test", group_by="topic", top_k=4)
+    monkeypatch.setattr(product, "_MOST", 3)
+    monkeypatch.setattr(product, "_LEAST", 1)
+    monkeypatch.setattr(product.Product, "threads", 3)
+    names = score_run(often.run, "test", group_by="topic", top_k=4)
+    for name in names:
+        expected, found = (made.run.influence(name).collect() for made in (once, often))
+        assert_frame_equal(found, expected, rel_tol=1e-6, abs_tol=1e-7)
+    expected, found = (made.run.tops("test").collect() for made in (once, often))
+    assert found["row"].to_list() == expected["row"].to_list()
+    assert_frame_equal(found, expected, rel_tol=1e-6, abs_tol=1e-7)
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -1,0 +1,230 @@
+"""Bands: vectors as int8 with a scale each, sorted by norm, a FAISS index for each stretch of them.
+
+A search goes down the bands until Cauchy-Schwarz says that no later vector can enter. A band holds
+v = scale · (code + r) as its codes, with ‖r‖ ≤ `rest`, so that a product with the codes bounds the
+true one from both sides; at one checkpoint the codes are the stored sketches and r is rounding.
+The first bands are small, since gradient norms fall fastest at the top and what they hold settles
+how far down the search goes.
+
+FAISS scans them one query at a time, as fast as half precision and in half the space. Its quantizer
+is `QT_8bit_uniform` with the range set by hand, so that its 256 values are whole numbers: the
+"direct" kinds round the query to bytes wherever M is a multiple of 16. Many queries at once are an
+integer product, which takes a tenth as long for each (see `multiply`).
+
+Letters: V vectors, Q queries, M sketch dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from curate import atomic
+from curate.errors import CurateError
+from curate.multiply import LARGEST, Operand
+
+Floats = npt.NDArray[np.float32]
+Numbers = npt.NDArray[np.int64]
+FIRST = 1024
+LEAST = 4096
+MOST_BANDS = 128
+BAND_BYTES = 64 << 20
+"""A band is held in memory while it is built, in float32."""
+KEPT_BANDS = 64
+_TOGETHER = 1 << 20
+"""Bytes of codes that are multiplied at once."""
+_OFFSET = 127
+"""What FAISS adds to a code to store it."""
+_GPU_MOST = 2048
+"""How many neighbours FAISS finds on a GPU."""
+
+
+@dataclass(frozen=True)
+class Band:
+    """One stretch of the sorted vectors.
+
+    Attributes:
+        norm: of the largest vector, and so a bound for all later ones.
+        scale: the largest.
+        rest: bound on ‖v/scale − code‖.
+        start, count: where it lies in `numbers` and `scales`.
+        slot: of an untied model, the step.
+    """
+
+    name: str
+    norm: float
+    scale: float
+    rest: float
+    start: int
+    count: int
+    slot: int
+
+
+def sizes(vectors: int, dim: int) -> Iterator[int]:
+    """How many vectors to put in each band."""
+    most = max(1, min(BAND_BYTES // (4 * dim), max(LEAST, vectors // MOST_BANDS)))
+    size, left = min(FIRST, most), vectors
+    while left > 0:
+        yield min(size, left)
+        left -= size
+        size = min(2 * size, most)
+
+
+def write_bands(
+    directory: Path,
+    order: Sequence[Numbers],
+    norms: Floats,
+    take: Callable[[Numbers], Floats],
+    progress: Callable[[int, int], object] | None = None,
+) -> list[dict[str, Any]]:
+    """Write the bands of vectors that are sorted by norm, and return what `Bands` reads them by.
+
+    Args:
+        order: vector numbers, largest norm first, for each slot that is searched by itself.
+        norms: of all vectors.
+        take: float32 (V, M) of some vectors.
+    """
+    bands: list[Band] = []
+    numbers, scales = np.concatenate(order), []
+    for slot, members in enumerate(order):
+        first = 0
+        for size in sizes(len(members), take(members[:1]).shape[1]):
+            own = members[first : first + size]
+            start = bands[-1].start + bands[-1].count if bands else 0
+            name = f"band-{len(bands):05d}"
+            scale, rest = _write(directory / name, take(own))
+            norm = float(norms[own[0]])
+            bands.append(Band(name, norm, float(scale.max()), rest, start, size, slot))
+            scales.append(scale)
+            first += size
+            if progress:
+                progress(start + size, len(norms))
+    whole = np.concatenate(scales) if scales else np.empty(0, dtype=np.float32)
+    for name, array in (("numbers", numbers), ("scales", whole)):
+        _save(directory / f"{name}.npy", array)
+    return [asdict(band) for band in bands]
+
+
+def _write(path: Path, values: Floats) -> tuple[Floats, float]:
+    """Write a band's index; returns the scales and the bound on what the codes leave."""
+    from sdi.sketch.quantize import quantize
+
+    faiss = load_faiss()
+    codes, scale = quantize(values)
+    exact = codes.astype(np.float32)
+    rest = float(np.linalg.norm(values / scale[:, None] - exact, axis=1).max())
+    kind = faiss.ScalarQuantizer.QT_8bit_uniform
+    index = faiss.IndexScalarQuantizer(values.shape[1], kind, faiss.METRIC_INNER_PRODUCT)
+    index.train(exact)
+    # Least value and width: byte b stands for least + width · (b + 1/2) / 255 = b - 127.
+    span = np.array([-_OFFSET - 0.5, 255], dtype=np.float32)
+    faiss.copy_array_to_vector(span, index.sq.trained)
+    index.add(exact)
+    atomic.write_with(path.with_suffix(".faiss"), lambda to: faiss.write_index(index, str(to)))
+    return scale, rest
+
+
+def _save(path: Path, array: npt.NDArray[Any]) -> None:
+    def save(to: Path) -> None:
+        with to.open("wb") as stream:
+            np.save(stream, array)
+
+    atomic.write_with(path, save)
+
+
+class Bands:
+    """The bands of one index, kept open.
+
+    Args:
+        directory: where they lie.
+        bands: as `write_bands` returned them.
+
+    Raises:
+        OSError: a file is not there.
+    """
+
+    def __init__(self, directory: Path, bands: Sequence[dict[str, Any]]) -> None:
+        self._directory = directory
+        self.bands = [Band(**band) for band in bands]
+        self.numbers: Numbers = np.load(directory / "numbers.npy", mmap_mode="r")
+        self.scales: Floats = np.load(directory / "scales.npy", mmap_mode="r")
+        self._faiss = load_faiss()
+        self._open: dict[str, Any] = {}
+        self.gpu = getattr(self._faiss, "get_num_gpus", int)() > 0
+        for band in self.bands:
+            (directory / band.name).with_suffix(".faiss").stat()
+
+    def scales_of(self, band: Band) -> Floats:
+        """Scales of a band's vectors, (V,)."""
+        return self.scales[band.start : band.start + band.count]
+
+    def nearest(self, band: Band, query: Floats, want: int) -> tuple[Floats, Numbers]:
+        """The `want` codes with the largest product with `query` (M,): products and places."""
+        if self.gpu and want > _GPU_MOST:
+            return np.full(band.count, np.inf, dtype=np.float32), np.arange(band.count)
+        dots, places = self._index(band).search(query[None], want)
+        return dots[0], places[0]
+
+    def products(self, band: Band, queries: Operand) -> Floats:
+        """Products of all of a band's codes with queries, (V, Q)."""
+        index = self._index(band)
+        stored = self._faiss.rev_swig_ptr(index.codes.data(), band.count * index.d)
+        stored = stored.reshape(band.count, index.d)
+        step = max(1, _TOGETHER // index.d)
+        buffer = np.empty((step, index.d), dtype=np.uint8)
+        out = np.empty((band.count, queries.count), dtype=np.float32)
+        for start in range(0, band.count, step):
+            part = stored[start : start + step]
+            codes = np.subtract(part, _OFFSET, out=buffer[: len(part)]).view(np.int8)  # wraps
+            product = queries.times(torch.from_numpy(codes), torch.float32)
+            out[start : start + len(part)] = product.numpy()
+        return out
+
+    def _index(self, band: Band) -> Any:
+        """A band's index: mapped, or on the first GPU, where it stays for the next search."""
+        path = (self._directory / band.name).with_suffix(".faiss")
+        if self.gpu:
+            return _on_gpu(path, path.stat().st_mtime_ns)
+        if band.name not in self._open:
+            flags = self._faiss.IO_FLAG_MMAP_IFC
+            self._open[band.name] = self._faiss.read_index(str(path), flags)
+        return self._open[band.name]
+
+
+def rounding(dim: int) -> float:
+    """A bound on what float32 adds to a product of M codes with a vector of norm one."""
+    return float(dim * 2.0**-24 * 2 * LARGEST * np.sqrt(dim))
+
+
+@lru_cache(maxsize=KEPT_BANDS)
+def _on_gpu(path: Path, _changed: int) -> Any:
+    """A band on the GPU, flat and in half precision, which holds the codes exactly."""
+    faiss = load_faiss()
+    index = faiss.read_index(str(path))
+    flat = faiss.IndexFlatIP(index.d)
+    flat.add(index.reconstruct_n(0, index.ntotal))
+    options = faiss.GpuClonerOptions()
+    options.useFloat16 = True
+    return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, flat, options)
+
+
+def load_faiss() -> Any:
+    """The module; imported where it is needed.
+
+    Raises:
+        CurateError: it is not installed.
+    """
+    try:
+        import faiss
+    except ImportError as error:
+        raise CurateError(
+            "faiss is not installed; install sdi-curate[cpu] or sdi-curate[gpu], never both"
+        ) from error
+    return faiss

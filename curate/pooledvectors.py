@@ -1,0 +1,65 @@
+"""One vector for each row and step over all checkpoints: Σ_k √η_k · sketch_k.
+
+Hashes of different checkpoints are independent, so an inner product of two such sums estimates the
+sum over checkpoints of the inner products.
+
+Letters: N rows, U slots (τ, or 1 for totals), V vectors, M sketch dimension.
+"""
+
+from __future__ import annotations
+
+from contextlib import closing
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from curate.blocks import block_rows, open_rows, spans
+from curate.errors import CurateError
+from curate.rundir import RunDirectory
+from curate.workers import in_order
+
+Kind = Literal["steps", "totals"]
+Floats = npt.NDArray[np.float32]
+Numbers = npt.NDArray[np.int64]
+
+
+class PooledVectors:
+    """Σ_k √η_k · sketch_k of one set; vector number v is slot v mod U of row v // U."""
+
+    def __init__(self, run: RunDirectory, set_name: str, kind: Kind) -> None:
+        weights = {name: eta for name, eta in run.manifest.weights.items() if eta > 0}
+        if not weights:
+            raise CurateError(f"{run.path} has no checkpoint of positive weight; sketch it first")
+        self.roots = [float(np.sqrt(eta)) for eta in weights.values()]
+        self.sources = [open_rows(run, set_name, name, kind) for name in weights]
+        self.rows, self.dim = self.sources[0].rows, self.sources[0].dim
+        self.slots = max(source.slots for source in self.sources)
+
+    def rows_of(self, start: int, stop: int) -> Floats:
+        """float32 (rows, U, M)."""
+        out = np.zeros((stop - start, self.slots, self.dim), dtype=np.float32)
+        for root, source in zip(self.roots, self.sources, strict=True):
+            block = source.read(start, stop)
+            out[:, : source.slots] += block.values * (root * block.scale)[:, :, None]
+        return out
+
+    def take(self, numbers: Numbers) -> Floats:
+        """float32 (V, M)."""
+        out = np.zeros((len(numbers), self.dim), dtype=np.float32)
+        rows, slots = np.divmod(numbers, self.slots)
+        for root, source in zip(self.roots, self.sources, strict=True):
+            block = source.take(rows, slots)
+            out += block.values[:, 0] * (root * block.scale)
+        return out
+
+    def norms(self) -> Floats:
+        """Norms of all vectors, (N · U,): four bytes each."""
+
+        def work(start: int, stop: int) -> Floats:
+            norms = np.linalg.norm(self.rows_of(start, stop), axis=2)
+            return np.asarray(norms.ravel(), dtype=np.float32)
+
+        blocks = spans(0, self.rows, block_rows(self.slots, self.dim))
+        with closing(in_order(work, blocks)) as results:
+            return np.concatenate([norms for _, norms in results])

@@ -1,0 +1,171 @@
+"""The best training rows of each of many queries, in one pass that keeps no matrix.
+
+Scores of single queries are a million rows times every query; nobody wants them all. A pass over
+the training sketches makes the steps of a block in float32 (early and late influence of one query
+are sums of its own steps, so its windows need no products of their own), adds up the mean and the
+spread of the windows, and keeps the rows that rank among each query's best so far. Whoever wants
+all columns of those rows scores them again, exactly.
+
+Letters: Q queries, B rows of a block, k rows kept, τ steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from curate.blocks import spans
+from curate.columns import Moments
+from curate.product import Product
+from curate.queryvectors import QueryVectors
+from curate.scratch import Progress
+from curate.workers import in_order
+
+Rows = npt.NDArray[np.int64]
+Masks = tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What orders the rows of a query.
+
+    Attributes:
+        name: total, early, late, energy or step.
+        step: of the last, its index from 0.
+    """
+
+    name: str
+    step: int = 0
+
+    @classmethod
+    def of(cls, name: str, ranked: tuple[int, ...]) -> Ranking:
+        """From a column's name and its place among the raw columns, as `ranked_by` has them."""
+        return cls(name) if name in ("total", "early", "late", "energy") else cls("step", ranked[0])
+
+    def key(self, steps: Tensor, windows: Tensor) -> Tensor:
+        """(B, Q) from steps (B, τ, Q) and the two windows (2, B, Q)."""
+        if self.name in ("early", "late"):
+            return windows[int(self.name == "late")]
+        if self.name == "step":
+            return steps[:, self.step]
+        return (steps.abs() if self.name == "energy" else steps).sum(dim=1)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a survey leaves: the best rows (Q, k), in no order that counts, and moments (2, Q)."""
+
+    rows: Rows
+    moments: Moments
+
+
+def survey(
+    product: Product,
+    vectors: Sequence[QueryVectors],
+    masks: Masks,
+    ranking: Ranking,
+    keep: int,
+    progress: Progress | None = None,
+) -> Found:
+    """Go over all training rows once.
+
+    Args:
+        vectors: by checkpoint, of single queries: each is a group of its own.
+        masks: which steps of each query are early, and which late; (Q, τ) each.
+        keep: k; all rows where there are no more.
+    """
+    bound = product.bind_steps(vectors)
+    shares = [_shares(mask) for mask in masks]
+    best = _Best(bound.shape[1], min(keep, product.rows))
+
+    def work(start: int, stop: int) -> tuple[Moments, Rows, npt.NDArray[np.float32]]:
+        steps = product.steps(bound, start, stop)
+        windows = _windows(steps, shares)
+        key = ranking.key(steps, windows)
+        hits = (key > best.threshold).nonzero(as_tuple=True)
+        rows = torch.stack([hits[1], hits[0] + start]).numpy()
+        return _moments(windows), rows, key[hits].numpy()
+
+    blocks = spans(0, product.rows, product.block(bound))
+    moments: list[Moments] = []
+    with closing(in_order(work, blocks, threads=product.threads)) as results:
+        for (_, stop), (own, rows, keys) in results:
+            moments = [Moments.together([*moments, own])]
+            best.offer(rows[0], rows[1], keys)
+            if progress:
+                progress(stop, product.rows)
+    return Found(best.rows(), moments[0])
+
+
+def _shares(mask: npt.NDArray[np.bool_]) -> list[tuple[int, Tensor | None]]:
+    """Steps that a window takes of any query, from (Q, τ); with (Q,) where not of every one."""
+    return [
+        (step, None if own.all() else torch.from_numpy(own.astype(np.float32)))
+        for step, own in enumerate(mask.T)
+        if own.any()
+    ]
+
+
+def _windows(steps: Tensor, shares: list[list[tuple[int, Tensor | None]]]) -> Tensor:
+    """Early and late, (2, B, Q), from steps (B, τ, Q) and what each window takes of them."""
+    out = torch.zeros(2, steps.shape[0], steps.shape[2])
+    for window, taken in zip(out, shares, strict=True):
+        for step, share in taken:
+            if share is None:
+                window += steps[:, step]
+            else:
+                window.addcmul_(steps[:, step], share)
+    return out
+
+
+def _moments(windows: Tensor) -> Moments:
+    double = windows.double()
+    mean = double.mean(dim=1)
+    square = (double - mean[:, None]).square_().sum(dim=1)
+    return Moments(windows.shape[1], mean.numpy(), square.numpy())
+
+
+class _Best:
+    """The k best rows of each query so far; of equals the first.
+
+    `threshold` (Q,) is what a later row has to exceed. Rows are offered in rising order, so a row
+    that equals it comes too late.
+    """
+
+    def __init__(self, queries: int, keep: int) -> None:
+        self.threshold = torch.full((queries,), -torch.inf)
+        self._keep, self._queries = keep, queries
+        self._parts: list[tuple[Rows, Rows, npt.NDArray[np.float32]]] = []
+        self._waiting = 0
+
+    def offer(self, query: Rows, row: Rows, key: npt.NDArray[np.float32]) -> None:
+        """Rows with the queries they may be among the best of."""
+        if len(key):
+            self._parts.append((query, row, key))
+            self._waiting += len(key)
+        if self._waiting > self._queries * (16 + self._keep // 4):
+            self._settle()
+
+    def _settle(self) -> None:
+        query, row, key = (np.concatenate(part) for part in zip(*self._parts, strict=True))
+        order = np.lexsort((row, -key, query))
+        query, row, key = query[order], row[order], key[order]
+        place = np.arange(len(query)) - np.searchsorted(query, np.arange(self._queries))[query]
+        best = place < self._keep
+        last = np.flatnonzero(place == self._keep - 1)
+        threshold = self.threshold.clone()
+        threshold[torch.from_numpy(query[last])] = torch.from_numpy(key[last])
+        self.threshold = threshold
+        self._parts = [(query[best], row[best], key[best])]
+        self._waiting = 0
+
+    def rows(self) -> Rows:
+        """The rows kept, (Q, k)."""
+        self._settle()
+        return self._parts[0][1].reshape(self._queries, self._keep)

@@ -1,0 +1,84 @@
+"""Products of stored sketches with vectors: exact in integers, float32 elsewhere, in order."""
+
+from __future__ import annotations
+
+from contextlib import closing
+
+import numpy as np
+import pytest
+import torch
+
+from curate import multiply
+from curate.multiply import Operand, digits_of
+from curate.workers import in_order
+from sdi.sketch.quantize import quantize
+
+CPU = torch.device("cpu")
+
+
+def sketches(count: int, dim: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Stored sketches and their scales."""
+    random = np.random.default_rng(seed)
+    return quantize(random.normal(size=(count, dim)).astype(np.float32))
+
+
+def test_stored_sketches_are_multiplied_exactly() -> None:
+    """A query's own sketch takes one digit, and its products with others are those of integers."""
+    rows, _ = sketches(50, 640)
+    query, scale = sketches(7, 640, seed=1)
+    values = query.astype(np.float32) * scale[:, None]
+    digits, _ = digits_of(values)
+    np.testing.assert_array_equal(digits, query)
+    expected = (rows.astype(np.int64) @ query.T.astype(np.int64)) * scale.astype(np.float64)
+    found = Operand.of(values, CPU).times(multiply.as_tensor(rows)).numpy()
+    np.testing.assert_allclose(found, expected, rtol=2e-7 if multiply.exact_integers() else 1e-4)
+
+
+@pytest.mark.parametrize("integers", [True, False])
+def test_any_vectors(integers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Vectors of any size keep the accuracy of float32, zero vectors and extreme rows included."""
+    if integers and not multiply.exact_integers():
+        pytest.skip("this processor has no fast exact int8 products")
+    monkeypatch.setattr(multiply, "exact_integers", lambda: integers)
+    rows = np.concatenate([sketches(30, 300)[0], np.full((2, 300), 127, np.int8)])
+    rows[-1] = -127
+    values = np.random.default_rng(2).normal(size=(9, 300)) * 10.0 ** np.arange(-4, 5)[:, None]
+    values[4] = 0
+    operand = Operand.of(values, CPU)
+    expected = rows.astype(np.float64) @ values.T
+    size = np.linalg.norm(rows.astype(np.float64), axis=1)[:, None] * np.linalg.norm(values, axis=1)
+    error = np.abs(operand.times(torch.from_numpy(rows)).numpy() - expected)
+    assert (error <= 1e-6 * size).all()
+    which = torch.tensor([8, 0, 4])
+    some = operand.some(which).times(torch.from_numpy(rows)).numpy()
+    assert (np.abs(some - expected[:, which]) <= 1e-6 * size[:, which]).all()
+
+
+def test_digits_leave_what_float32_leaves() -> None:
+    """Three digits hold a vector to 2e-7 of its norm, where the sketch's own error is 1/√M."""
+    values = np.random.default_rng(3).normal(size=(5, 4096))
+    digits, scale = digits_of(values)
+    parts = digits.reshape(3, 5, 4096).astype(np.float64)
+    held = (parts[0] + parts[1] / multiply.BASE + parts[2] / multiply.BASE**2) * scale[:, None]
+    assert (np.linalg.norm(held - values, axis=1) < 2e-7 * np.linalg.norm(values, axis=1)).all()
+
+
+def test_blocks_come_in_order_and_threads_are_given_back() -> None:
+    """Results keep the order of the blocks, and torch has as many threads afterwards, even where
+    the work fails or is left early.
+    """
+    before = torch.get_num_threads()
+    spans = [(n, n + 1) for n in range(40)]
+
+    def work(start: int, stop: int) -> int:
+        if start == 30:
+            raise ValueError("no")
+        return start * stop
+
+    with closing(in_order(work, spans[:30], threads=3)) as results:
+        assert [found for _, found in results] == [n * (n + 1) for n in range(30)]
+    with pytest.raises(ValueError, match="no"), closing(in_order(work, spans, threads=3)) as left:
+        list(left)
+    with closing(in_order(work, spans, threads=3)) as left:
+        assert next(left) == ((0, 1), 0)
+    assert torch.get_num_threads() == before
