@@ -89,7 +89,7 @@ class Worker:
 
     def __post_init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory()  # some libraries write where they stand
-        self._said = tempfile.TemporaryFile("w+")
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by `dismiss`
         ours, theirs = os.pipe()  # not stdout, where libraries write as well
         self._replies = os.fdopen(ours)
         command = [self.shop.python(self.library), WORKERS / self.script, theirs]

@@ -1,9 +1,9 @@
 """The models that are measured, their rows and their loss; the same in every environment.
 
-A looped GPT: `prelude` blocks, then a body of `blocks` blocks `steps` times with one set of weights,
-then `coda` blocks and a head. Or an ordinary Llama of `blocks` layers. Weights and rows are drawn
-from a seed on the CPU, so that workers of one torch have the same ones; `digest` is compared to be
-sure.
+A looped GPT: `prelude` blocks, then a body of `blocks` blocks `steps` times with one set of
+weights, then `coda` blocks and a head. Or an ordinary Llama of `blocks` layers. Weights and rows
+are drawn from a seed on the CPU, so that workers of one torch have the same ones; `digest` is
+compared to be sure.
 """
 
 from __future__ import annotations
