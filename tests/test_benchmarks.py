@@ -77,6 +77,14 @@ def test_a_line_through_the_runs_gives_the_whole() -> None:
     assert found == pytest.approx({"fixed": 3.0, "each": 0.5, "whole": 503.0})
 
 
+def test_sides_take_turns_where_both_have_so_many_rows() -> None:
+    """Runs on a number of rows that both are given alternate; the others come once, afterwards."""
+    ours, theirs = job.sides((10, 99), (5, 10))
+    found = [(side.name, rows) for side, rows in job.order((ours, theirs), turns=2)]
+    both = [("ours", 10), ("published", 10)]
+    assert found == [*both, *both, ("ours", 99), ("published", 5)]
+
+
 def test_demands_compare_the_best_of_both_data_types() -> None:
     """Ours in bf16 is held against the published package in float32 where these are fastest."""
 

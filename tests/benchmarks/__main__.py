@@ -49,13 +49,17 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--without", action="append", default=[], choices=[PUBLISHED, BERGSON])
     parser.add_argument("--data", type=Path, help="GSM8K's training rows, JSONL")
-    parser.add_argument("--job-rows", type=int, nargs="+", default=[192, 768])
-    parser.add_argument("--published-rows", type=int, nargs="+", default=[64, 192])
+    parser.add_argument("--job-rows", type=int, nargs="+", help="numbers of rows for ours")
+    parser.add_argument("--published-rows", type=int, nargs="+", help="the same for the other")
     parser.add_argument("--cache", type=Path, help="environments of the other libraries")
     parser.add_argument("--pip", action="append", default=[], help="an option for pip")
     parser.add_argument("--out", type=Path, default=HERE, help="folder of what is written")
     parser.add_argument("--render", action="store_true", help="measure nothing, write the page")
     given = parser.parse_args(arguments)
+    given.job_rows = given.job_rows or ([64, 192] if given.quick else [192, 7273])
+    given.published_rows = given.published_rows or [64, 192]
+    if given.rounds < 2:
+        parser.error(f"--rounds is {given.rounds}; quartiles need at least 2")
     given.case = given.case or [name for name in every if name != JOB or given.data]
     if JOB in given.case and not given.data and not given.render:
         parser.error("the case gsm8k needs --data FILE, the JSONL file of GSM8K's training rows")
@@ -67,7 +71,8 @@ def measure(name: str, given: argparse.Namespace, shop: Shop) -> dict[str, Any]:
     if name == JOB:
         sides = job.sides(given.job_rows, given.published_rows)
         taking_part = [side for side in sides if side.library not in given.without]
-        return job.measure(given.data, taking_part, shop, search=not given.quick)
+        turns = 1 if given.quick else 3
+        return job.measure(given.data, taking_part, shop, search=not given.quick, turns=turns)
     case = CASES[name]
     rounds, seeds = (3, 2) if given.quick else (given.rounds, 8)
     effort = Effort(rounds, not given.quick, seeds, tuple(given.without))

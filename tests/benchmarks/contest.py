@@ -8,6 +8,7 @@ for its peak of anonymous memory and not timed.
 from __future__ import annotations
 
 import sys
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -176,7 +177,8 @@ def equal_dim(case: Case, entrants: Mapping[str, Contestant], shop: Shop, effort
             return float(found)
 
         wanted = at(THEIRS, case.dim)
-        return next((dim for dim in DIMS if at("auto", dim) <= wanted), DIMS[-1])
+        place = bisect_left(DIMS, True, key=lambda dim: at("auto", dim) <= wanted)
+        return DIMS[min(place, len(DIMS) - 1)]
 
 
 def same(found: float, expected: float, who: str) -> None:

@@ -1,10 +1,10 @@
 """The whole GSM8K job, ours and the published package's: seconds and anonymous memory.
 
 Both load the rows, attribute them at three checkpoints and end with the mean influence of each row
-on the queries, in a process of its own that is timed from its start. Each runs on more than one
-number of rows; the full job's figures come from a straight line through these (in rows and queries
-together) and are called extrapolated wherever they stand. The checkpoints have random weights:
-cost does not depend on them.
+on the queries, in a process of its own that is timed from its start. On a number of rows that both
+are given they take turns, several times. Each runs on more than one number of rows; the full job's
+figures come from a straight line through these (in rows and queries together) and are called
+extrapolated wherever they stand. The checkpoints have random weights: cost does not depend on them.
 """
 
 from __future__ import annotations
@@ -28,39 +28,55 @@ from tests.benchmarks.peers.roster import ROOT
 RECIPE = ROOT / "recipes" / "gsm8k.yaml"
 CHECKPOINTS = 3
 QUERIES = 20
-TRIED = 16  # rows on which batch sizes are tried, at one checkpoint
 
 
 @dataclass(frozen=True)
 class Side:
-    """One way to do the job: its worker, its library, batch sizes to try, numbers of rows."""
+    """One way to do the job: its worker, its library, batch sizes to try, numbers of rows.
+
+    `tried`: rows on which the batch sizes are tried, at one checkpoint.
+    """
 
     name: str
     script: str
     library: str | None
     sizes: tuple[int, ...]
     rows: tuple[int, ...]
+    tried: int
 
 
 def sides(ours: Sequence[int], published: Sequence[int]) -> tuple[Side, Side]:
     """Ours in padded tokens a batch, the published package in rows a batch."""
     return (
-        Side("ours", "job_ours.py", None, (2048, 8192, 32768), tuple(ours)),
-        Side("published", "job_published.py", PUBLISHED, (1, 4, 16), tuple(published)),
+        Side("ours", "job_ours.py", None, (2048, 8192, 32768), tuple(ours), 128),
+        Side("published", "job_published.py", PUBLISHED, (1, 4, 16), tuple(published), 16),
     )
 
 
-def measure(data: Path, chosen: Sequence[Side], shop: Shop, *, search: bool) -> dict[str, Any]:
+def measure(
+    data: Path, chosen: Sequence[Side], shop: Shop, *, search: bool, turns: int
+) -> dict[str, Any]:
     """Every side at every number of rows, lines through them, and how far the tables agree."""
     total = sum(1 for line in data.read_text().splitlines() if line.strip())
     with tempfile.TemporaryDirectory() as name:
         job = described(data, Path(name))
-        found = {side.name: _side(side, job, shop, search=search) for side in chosen}
+        found = {side.name: _prepared(side, job, shop, search=search) for side in chosen}
+        for side, rows in order(chosen, turns):
+            run = _run(side, job, shop, rows, found[side.name]["size"])
+            found[side.name]["runs"].append(run)
     whole = {"rows": total - 200, "queries": 200}
     for lines in found.values():
         for what in ("seconds", "peak_anonymous"):
             lines[what] = extrapolated(lines["runs"], what, sum(whole.values()))
     return {"job": found, "whole": whole, "agreement": agreement(found)}
+
+
+def order(chosen: Sequence[Side], turns: int) -> list[tuple[Side, int]]:
+    """Who runs on how many rows, one after another; in turn where all are given that number."""
+    common = set(chosen[0].rows).intersection(*(side.rows for side in chosen))
+    alternating = [(side, rows) for rows in sorted(common) for _ in range(turns) for side in chosen]
+    alone = [(side, rows) for side in chosen for rows in sorted(set(side.rows) - common)]
+    return alternating + alone
 
 
 def described(data: Path, folder: Path) -> dict[str, Any]:
@@ -95,12 +111,12 @@ def _write(file: Path, arguments: dict[str, Any], path: Path) -> None:
     torch.save({"model_state_dict": state}, path.with_name(f"{path.name}.pt"))
 
 
-def _side(side: Side, job: dict[str, Any], shop: Shop, *, search: bool) -> dict[str, Any]:
+def _prepared(side: Side, job: dict[str, Any], shop: Shop, *, search: bool) -> dict[str, Any]:
+    """The side's best batch size, and no runs yet."""
     if side.library:
         shop.with_package(side.library, "safetensors")  # the recipe's model file imports it
-    size, tried = _best_size(side, job, shop) if search else (side.sizes[1], {})
-    runs = [_run(side, job, shop, rows, size) for rows in sorted(set(side.rows))]
-    return {"size": size, "tried": tried, "runs": runs}
+    size, tried = _best_size(side, job, shop) if search else (side.sizes[0], {})
+    return {"size": size, "tried": tried, "runs": []}
 
 
 def _best_size(side: Side, job: dict[str, Any], shop: Shop) -> tuple[int, dict[int, float]]:
@@ -111,7 +127,7 @@ def _best_size(side: Side, job: dict[str, Any], shop: Shop) -> tuple[int, dict[i
         for size in side.sizes:
             say(f"gsm8k: {side.name}, batches of {size}")
             for again in (0, 1):
-                reply = worker.ask("work", rows=TRIED + again, size=size, checkpoints=1)
+                reply = worker.ask("work", rows=side.tried + again, size=size, checkpoints=1)
             tried[size] = reply["seconds"]
     return min(tried, key=lambda size: tried[size]), tried
 

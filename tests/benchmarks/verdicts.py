@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 from tests.benchmarks import cases
@@ -78,9 +79,9 @@ def _job(found: Found) -> Iterator[Verdict]:
     sides = found.get("job", {}).get("job", {})
     if len(sides) < 2:
         return
-    for rows in sorted(set(_runs(sides["ours"])) & set(_runs(sides["published"]))):
-        ours, theirs = _runs(sides["ours"])[rows], _runs(sides["published"])[rows]
-        ratio = theirs["seconds"] / ours["seconds"]
+    ours, theirs = (_seconds(sides[side]) for side in ("ours", "published"))
+    for rows in sorted(set(ours) & set(theirs)):
+        ratio = theirs[rows] / ours[rows]
         yield Verdict(
             f"gsm8k, {rows} rows: published / ours, seconds", ratio, cases.JOB_TIME, False
         )
@@ -96,5 +97,7 @@ def _job(found: Found) -> Iterator[Verdict]:
         yield Verdict(f"{what}ours / published, memory", ratio, cases.JOB_MEMORY, True)
 
 
-def _runs(side: Found) -> dict[int, Found]:
-    return {run["rows"]: run for run in side["runs"]}
+def _seconds(side: Found) -> dict[int, float]:
+    """The median over runs, by number of rows."""
+    rows = {run["rows"] for run in side["runs"]}
+    return {n: median(r["seconds"] for r in side["runs"] if r["rows"] == n) for n in rows}
