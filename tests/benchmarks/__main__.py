@@ -47,6 +47,7 @@ def options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="3 rounds, 2 seeds, one batch size")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--keep-memory", action="store_true", help="see hired.Shop.keeps")
     parser.add_argument("--without", action="append", default=[], choices=[PUBLISHED, BERGSON])
     parser.add_argument("--data", type=Path, help="GSM8K's training rows, JSONL")
     parser.add_argument("--job-rows", type=int, nargs="+", help="numbers of rows for ours")
@@ -87,7 +88,7 @@ def merged(found: dict[str, Any], name: str, figures: dict[str, Any]) -> dict[st
     return {**found, "cases": {**found["cases"], name: dated}}
 
 
-def machine(threads: int) -> dict[str, Any]:
+def machine(threads: int, *, keeps: bool) -> dict[str, Any]:
     """What the figures depend on."""
     cpu = Path("/proc/cpuinfo")
     lines = cpu.read_text().splitlines() if cpu.exists() else []
@@ -99,6 +100,7 @@ def machine(threads: int) -> dict[str, Any]:
         "threads": threads,
         "bf16": bool({"avx512_bf16", "amx_bf16"} & set(flags)),
         "torch": torch.__version__,
+        "freed memory": "kept" if keeps else "given back",
     }
 
 
@@ -136,10 +138,10 @@ def write(found: dict[str, Any], folder: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure the cases one by one, keeping each as soon as it is there; print the table."""
     given = options(arguments)
-    found = known(given.out / f"{NAME}.json", machine(given.threads))
+    found = known(given.out / f"{NAME}.json", machine(given.threads, keeps=given.keep_memory))
     with ExitStack() as stack:
         cache = given.cache or Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        shop = Shop(cache, tuple(given.pip), given.threads)
+        shop = Shop(cache, tuple(given.pip), given.threads, given.keep_memory)
         for name in [] if given.render else given.case:
             found = merged(found, name, measure(name, given, shop))
             write(found, given.out)

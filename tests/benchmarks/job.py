@@ -162,4 +162,10 @@ def agreement(found: dict[str, dict[str, Any]]) -> dict[str, float] | None:
     if not common:
         return None
     rows = max(common)
-    return {"rows": rows, "correlation": statistics.correlation(*(t[rows] for t in tables))}
+    ours, theirs = (table[rows] for table in tables)
+    if len(ours) != len(theirs):
+        raise ValueError(
+            f"ours has scores of {len(ours)} of {rows} rows and the other package of {len(theirs)}: "
+            "the two jobs are to leave out the same rows"
+        )
+    return {"rows": rows, "correlation": statistics.correlation(ours, theirs)}

@@ -77,7 +77,8 @@ def _machine(machine: Found) -> str:
     bf16 = "multiplies bf16" if machine["bf16"] else "does not multiply bf16"
     return (
         f"Machine: {machine['processor']}, {machine['cores']} cores, {machine['threads']} threads "
-        f"a process; it {bf16}. torch {machine['torch']}.\n"
+        f"a process; it {bf16}. torch {machine['torch']}; "
+        f"freed memory is {machine['freed memory']}.\n"
     )
 
 

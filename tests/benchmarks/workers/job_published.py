@@ -37,6 +37,11 @@ def read(job: dict[str, Any]) -> list[Row]:
     return found
 
 
+def usable(rows: list[Row]) -> list[Row]:
+    """Those with a target: a question of all the tokens leaves none, and a loss of 0/0."""
+    return [row for row in rows if bool((row[1][1:] != IGNORED).any())]
+
+
 def padded(rows: list[Row]) -> Row:
     """Ids and labels (B, T), padded on the right."""
     sequences = zip(*rows, strict=True)
@@ -62,8 +67,9 @@ def make(job: dict[str, Any]) -> dict[str, Deed]:
     def work(rows: int, size: int, checkpoints: int) -> dict[str, Any]:
         begin = time.perf_counter()
         every = read(job)
-        order = sorted(range(rows), key=lambda row: len(every[row][0]))
-        train, query = [every[row] for row in order], every[-job["queries"] :]
+        train, query = (usable(part) for part in (every[:rows], every[-job["queries"] :]))
+        order = sorted(range(len(train)), key=lambda row: len(train[row][0]))
+        train = [train[row] for row in order]
         load = time.perf_counter() - begin
         model: Any = build(job)
         estimate = ProjectedTracInSDI(
@@ -76,7 +82,7 @@ def make(job: dict[str, Any]) -> dict[str, Deed]:
             loss_fn=per_row,
             mode="sdi",
         )
-        totals = torch.empty(rows)
+        totals = torch.empty(len(train))
         totals[order] = found.tracin.mean(1)
         seconds = time.perf_counter() - begin
         return {"totals": totals.tolist(), "phases": {"load": load}, "seconds": seconds}
