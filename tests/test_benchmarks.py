@@ -77,6 +77,13 @@ def test_a_line_through_the_runs_gives_the_whole() -> None:
     assert found == pytest.approx({"fixed": 3.0, "each": 0.5, "whole": 503.0})
 
 
+def test_one_run_gives_no_line() -> None:
+    """One run gives no line: what it would extrapolate to is left open."""
+    assert job.extrapolated([{"rows": 5, "queries": 5, "seconds": 1.0}], "seconds", 9) == {
+        "fixed": None, "each": None, "whole": None,
+    }  # fmt: skip
+
+
 def test_sides_take_turns_where_both_have_so_many_rows() -> None:
     """Runs on a number of rows that both are given alternate; the others come once, afterwards."""
     ours, theirs = job.sides((10, 99), (5, 10))

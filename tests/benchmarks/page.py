@@ -111,7 +111,7 @@ def _job_lines(job: Found) -> list[Cells]:
         if side["seconds"]["whole"] is not None:
             seconds, peak = side["seconds"]["whole"], side["peak_anonymous"]["whole"]
             whole = [str(job["whole"]["rows"]), str(job["whole"]["queries"]), str(side["size"])]
-            figures = [f"{seconds:.0f}", f"{peak / 2**20:.0f}"]
+            figures = [f"{seconds:.0f}", "-" if peak is None else f"{peak / 2**20:.0f}"]
             lines.append([f"{name}, extrapolated", *whole, *figures])
     return lines
 

@@ -89,10 +89,11 @@ def _job(found: Found) -> Iterator[Verdict]:
         [sides[side][what]["whole"] for side in ("ours", "published")]
         for what in ("seconds", "peak_anonymous")
     )
+    what = "gsm8k, all rows, extrapolated: "
     if None not in time:
-        what = "gsm8k, all rows, extrapolated: "
         ratio = time[1] / time[0]
         yield Verdict(f"{what}published / ours, seconds", ratio, cases.JOB_TIME, False)
+    if None not in memory:
         ratio = memory[0] / memory[1]
         yield Verdict(f"{what}ours / published, memory", ratio, cases.JOB_MEMORY, True)
 
