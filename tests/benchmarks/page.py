@@ -64,7 +64,7 @@ def page(found: Found, plot: str | None) -> str:
     text = INTRODUCTION + _machine(found["machine"])
     text += f"\n## Expected\n\n{EXPECTED}\n## Measured\n\n"
     text += f"![seconds a row over those of a training step]({plot})\n\n" if plot else ""
-    text += _markdown(HEAD, _lines(found))
+    text += _markdown(HEAD, _lines(found)) + _when(found["cases"])
     if found.get("job"):
         whole = found["job"]["whole"]
         text += JOB_NOTE.format(whole=whole["rows"], queries=whole["queries"])
@@ -80,6 +80,16 @@ def _machine(machine: Found) -> str:
         f"a process; it {bf16}. torch {machine['torch']}; "
         f"freed memory is {machine['freed memory']}.\n"
     )
+
+
+def _when(cases: Found) -> str:
+    """How often and on which day each case was measured, and whether batch sizes were tried."""
+    said = (
+        f"{name} {one['passes']['auto']['rounds']} on {one['measured']}"
+        + ("" if one["sizes"] else ", one size")
+        for name, one in cases.items()
+    )
+    return f"\nRounds: {'; '.join(said)}.\n"
 
 
 def _lines(found: Found) -> list[Cells]:
