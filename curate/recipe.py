@@ -125,6 +125,7 @@ class SketchSection(Strict):
     loss: str = "causal_lm"
     reduce: Literal["mean", "sum"] = "mean"
     method: Literal["auto", "outer", "fourier"] = "auto"
+    products: Literal["auto", "bfloat16", "float32"] = "auto"
     check_rows: int = Field(default=2, ge=0)
 
 

@@ -54,7 +54,7 @@ class SketchOptions:
         budget_tokens: most padded tokens B × T of a batch; None finds it (`curate.budget`).
         shard_rows: most rows of a shard; deep or wide sketches have fewer.
         loss: per-example loss, (model, batch) → (B,).
-        method: how sketches are evaluated; changes nothing beyond rounding.
+        method, products: how sketches are evaluated, as `sdi.Sketcher` takes them.
         check_rows: rows of the first batch that are checked against autograd; 0 is no check.
         device: where the model runs; None is a GPU where there is one.
     """
@@ -66,6 +66,7 @@ class SketchOptions:
     shard_rows: int = shardplan.MOST_ROWS
     loss: Loss = sdi.causal_lm_loss
     method: str = "auto"
+    products: str = "auto"
     check_rows: int = 2
     device: str | None = None
 
@@ -379,11 +380,8 @@ class _Session:
         options = self.options
         made: SketcherLike = self.instruments.sketcher(
             body,
-            dim=options.dim,
-            seed=options.seed,
             checkpoint=checkpoint.name if checkpoint else "",
-            loss=options.loss,
-            method=options.method,
+            **{key: getattr(options, key) for key in ("dim", "seed", "loss", "method", "products")},
             **({"rates": dict(checkpoint.rates)} if checkpoint and checkpoint.rates else {}),
         )
         return made

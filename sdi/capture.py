@@ -220,7 +220,6 @@ class _CaptureMode(TorchFunctionMode):
             return tag(args[0].copy_(result), tag_of(result) or FIRST)
         self._refuse_writes(func, args, kwargs)
         weights: dict[tuple[str, Any], Weight] = {}
-
         run = tuple(self._swapped(("args", i), v, weights) for i, v in enumerate(args))
         run_named = {k: self._swapped(("kwargs", k), v, weights) for k, v in kwargs.items()}
         output = func(*run, **run_named)
@@ -294,11 +293,8 @@ class _CaptureMode(TorchFunctionMode):
             return True
         self.narrow = self.narrow or use.autocast is not None or use.delta.dtype in HALVES
         use.step = self.steps.bin(use.step)
-        served = rules.find(use.function) is add_rule and not use.delta.is_complex()
-        served = served and self._applied(add_rule, use, operands.shapes())
-        if served:
-            self._note(use, "add")
-        return served
+        plain = rules.find(use.function) is add_rule and not use.delta.is_complex()
+        return plain and self._applied(add_rule, use, operands.shapes())
 
     def _serve(self, use: Use, operands: Operands) -> None:
         """Serve any other use."""
@@ -306,19 +302,17 @@ class _CaptureMode(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             rule = None if use.delta.is_complex() else rules.find(use.function)
             if rule is None or not self._applied(rule, use, arguments):
-                rule = generic_rule
-                self._applied(rule, use, arguments)
-            self._note(use, rule.__name__.removesuffix("_rule"))
-
-    def _note(self, use: Use, kind: str) -> None:
-        for weight in use.weights.values():
-            for name in weight.parameters:
-                self.served.setdefault(name, set()).add(kind)
+                self._applied(generic_rule, use, arguments)
 
     def _applied(self, rule: rules.Rule, use: Use, arguments: tuple[Any, Any]) -> bool:
         use.args, use.kwargs = arguments
         with torch.no_grad():
-            return rule(use)
+            served = rule(use)
+        if served:
+            kind = rule.__name__.removesuffix("_rule")
+            for name in {name for weight in use.weights.values() for name in weight.parameters}:
+                self.served.setdefault(name, set()).add(kind)
+        return served
 
     def _refuse_writes(self, func: Any, args: Any, kwargs: Any) -> None:
         """An in-place operation that has no out-of-place twin here, or one with `out=`."""
