@@ -1,11 +1,10 @@
 """What the two evaluations cost on this machine: measured once, kept in a file, and compared.
 
-`outer` does n·R·C multiply-adds an example in one batched product and R·C shifted adds; `fourier`
-2n transforms of length M, and a few passes over their spectra. Each constant is the time of one
-such operation, from a short run of the real thing; on a CPU on one thread, which a busy neighbour
-disturbs least, and which says as much, since all of them gain alike from more. The choice changes
-no result beyond rounding, so a file from another day does no harm; a processor or a torch that the
-file does not know is measured again.
+`outer` does n·R·C multiply-adds an example in one batched product, then R·C shifted adds; `fourier`
+takes n tokens through transforms of length M. The constants come from short runs of the real thing;
+on a CPU on one thread, which a busy neighbour disturbs least. The choice changes no result beyond
+rounding, so a file from another day does no harm; a processor or a torch that the file does not
+know is measured again.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ from typing import Any
 
 import torch
 
-from sdi.sketch.kernels import shifted_add
+from sdi.sketch.plan import Hashing, MatrixPlan
 
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -36,25 +35,23 @@ class Costs:
         product: a multiply-add of δᵀa in float32.
         half_product: the same with bfloat16 factors.
         add: one entry of δᵀa into its bucket.
-        transform: one of the M·log₂M steps of a real Fourier transform of length M.
-        spectrum: one element in a pass over spectra of length M.
+        transform: one of the M·log₂M steps of a token's two transforms, all that is done to its
+            spectra included.
     """
 
     product: float
     half_product: float
     add: float
     transform: float
-    spectrum: float
 
     def outer(self, tokens: int, rows: int, columns: int, *, half: bool) -> float:
         """Nanoseconds an example by way of δᵀa."""
         product = self.half_product if half else self.product
         return rows * columns * (tokens * product + self.add)
 
-    def fourier(self, tokens: int, rows: int, columns: int, dim: int) -> float:
+    def fourier(self, tokens: int, dim: int) -> float:
         """Nanoseconds an example by way of the transforms of its tokens."""
-        transforms = 2 * dim * math.log2(dim) * self.transform
-        return tokens * (transforms + (4 * dim + rows + columns) * self.spectrum)
+        return tokens * dim * math.log2(dim) * self.transform
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
@@ -73,7 +70,7 @@ def _abilities() -> dict[str, Any]:
 
 @cache
 def costs(device: torch.device) -> Costs:
-    """Of a device: from the file, or measured now (a fifth of a second) and written there."""
+    """Of a device: from the file, or measured now (a quarter of a second) and written there."""
     path = _home() / "costs.json"
     known = _read(path)
     key = _key(device)
@@ -96,36 +93,41 @@ def measure(device: torch.device) -> Costs:
 
 
 def _measured(device: torch.device) -> Costs:
-    batch, tokens, rows, columns, dim = 4, 128, 384, 256, 4096
-    left = torch.ones(batch, tokens, rows, device=device)
-    right = torch.ones(batch, tokens, columns, device=device).transpose(1, 2)
-    narrow = left.bfloat16(), right.bfloat16()
-    product, out = right @ left, torch.zeros(batch, dim, device=device)
-    starts = torch.arange(columns, device=device) * 7 % dim
-    signs = left[0, 0], right[0, :, 0].contiguous()
-    # Many vectors and no spectrum kept, as in a pass: memory is not what is measured here.
-    folded = torch.ones(batch, tokens // 2, dim, device=device)
-    spectra = torch.fft.rfft(folded)
-    dense, places = batch * rows * columns, batch * (tokens // 2) * dim
+    from sdi.sketch import tensorsketch  # which asks here
+
+    batch, tokens, side, dim = 4, 128, 384, 4096
+    plan = Hashing(dim, 0, "trial").plan("trial", (side, side), device)
+    assert isinstance(plan, MatrixPlan)
+    factor = torch.ones(batch, tokens, side, device=device)
+    narrow, turned = factor.bfloat16(), factor.transpose(1, 2)
+    product, out = turned @ factor, torch.zeros(batch, dim, device=device)
+    spectrum = torch.zeros(batch, dim // 2 + 1, dtype=torch.complex64, device=device)
+    dense = batch * side * side
+
+    def fourier() -> None:
+        tensorsketch.add_fourier(plan, factor, factor, spectrum, 1 << 26)
+
+    def add() -> None:
+        tensorsketch.add_dense_columns(plan, product, out)
+
     return Costs(
-        product=_seconds(lambda: right @ left, device) * 1e9 / (dense * tokens),
-        half_product=_seconds(lambda: narrow[1] @ narrow[0], device) * 1e9 / (dense * tokens),
-        add=_seconds(lambda: shifted_add(product, starts, *signs, out), device) * 1e9 / dense,
-        transform=_seconds(lambda: torch.fft.rfft(folded), device) * 1e9 / (places * 12),
-        spectrum=_seconds(lambda: spectra.mul_(spectra), device) * 1e9 / places,
+        product=_nanoseconds(lambda: turned @ factor, device) / (dense * tokens),
+        half_product=_nanoseconds(lambda: narrow.mT @ narrow, device) / (dense * tokens),
+        add=_nanoseconds(add, device) / dense,
+        transform=_nanoseconds(fourier, device) / (batch * tokens * dim * math.log2(dim)),
     )
 
 
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
+def _nanoseconds(run: Callable[[], object], device: torch.device) -> float:
     """The shortest of a few runs, after one to warm up."""
     found = []
-    for _ in range(6):
+    for _ in range(8):
         begin = time.perf_counter()
         run()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         found.append(time.perf_counter() - begin)
-    return min(found[1:])
+    return 1e9 * min(found[1:])
 
 
 def _home() -> Path:

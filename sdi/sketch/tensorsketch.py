@@ -42,7 +42,7 @@ def choose(
     """The cheaper evaluation of one use with `tokens` tokens an example."""
     known = costs(device)
     outer = known.outer(tokens, rows, columns, half=half)
-    return "outer" if outer <= known.fourier(tokens, rows, columns, dim) else "fourier"
+    return "outer" if outer <= known.fourier(tokens, dim) else "fourier"
 
 
 def rounds(products: Products, plan: MatrixPlan, left: Tensor, right: Tensor) -> bool:
