@@ -48,11 +48,13 @@ def moved(
     key = _key(func, args[1:], kwargs, source, rows, b)
     if key is None:
         return _tried(func, args, kwargs, source, rows, found, b)
-    if key not in _KNOWN:  # a loop makes the same calls over and over
+    answer = _KNOWN.get(key)
+    if answer is None:  # a loop makes the same calls over and over
+        answer = _tried(func, args, kwargs, source, rows, found, b)
         if len(_KNOWN) >= _KNOWN_LIMIT:
             _KNOWN.clear()
-        _KNOWN[key] = _tried(func, args, kwargs, source, rows, found, b)
-    return _KNOWN[key]
+        _KNOWN[key] = answer
+    return answer
 
 
 def _key(func: Any, rest: Any, kwargs: Any, source: Tensor, rows: Tag, b: int) -> Any:

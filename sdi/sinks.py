@@ -15,6 +15,7 @@ from torch import Tensor
 from sdi.sketch.countsketch import add_dense, add_rows
 from sdi.sketch.plan import Hashing, MatrixPlan, Plan, StackPlan
 from sdi.sketch.tensorsketch import (
+    ROUNDING,
     Method,
     Products,
     add_fourier,
@@ -80,7 +81,7 @@ class SketchSink:
         limit: bytes that the buffers of one evaluation may take.
 
     Attributes:
-        rounded: whether factors were rounded to bfloat16 somewhere.
+        rounded: whether a product was taken in bfloat16 somewhere.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class SketchSink:
         self._plans, self._batch, self._scales = plans, batch, scales
         self._method, self._products, self._limit = method, products, limit
         self.rounded = False
+        self._noise: dict[int, Tensor] = {}
         self._sums: dict[int, Tensor] = {}
         self._spectra: dict[int, Tensor] = {}
 
@@ -120,7 +122,10 @@ class SketchSink:
         if method == "outer":
             self.rounded = self.rounded or half
             total = self._sum(step, left.device)
-            add_outer(plan, left, right, total, self._limit, half=half)
+            if half and step not in self._noise:
+                self._noise[step] = total.new_zeros(self._batch)
+            noise = self._noise.get(step)
+            add_outer(plan, left, right, total, self._limit, half=half, noise=noise)
         else:
             spectrum = self._spectrum(step, left.device)
             add_fourier(plan, left.float(), right.float(), spectrum, self._limit)
@@ -149,6 +154,18 @@ class SketchSink:
         for step, spectrum in self._spectra.items():
             out[:, step] += torch.fft.irfft(spectrum, n=out.shape[2])
         return out
+
+    def too_rough(self, values: Tensor) -> Tensor:
+        """(B,) bool: rows in which rounding may be more than half of a step's own error, 1/√M.
+
+        Args:
+            values: the result, (B, S, M).
+        """
+        found = torch.zeros(self._batch, dtype=torch.bool, device=values.device)
+        for step, noise in self._noise.items():
+            own = values[:, step].square().sum(dim=1) / values.shape[2]
+            found |= 4 * ROUNDING**2 * noise > own
+        return found
 
     def _scaled(self, name: str, tensor: Tensor) -> Tensor:
         scale = self._scales.get(name, 1.0)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import sdi
-from sdi.errors import SpecError
+from sdi.errors import SelfCheckError, SpecError
 from sdi.sketch import costs, kernels, tensorsketch
 from sdi.sketch.plan import Hashing, MatrixPlan
 from tests.looped import LoopedModel, names, tokens
@@ -119,9 +119,52 @@ def test_sketcher_takes_products() -> None:
     report = sdi.self_check(rounded, tokens(), names(4))
     assert report.worst < 1e-4
     assert report.sketch is not None
-    assert report.sketch < 1e-2
+    assert report.sketch < 1e-4  # held against the sketch without rounding
     with pytest.raises(SpecError, match="unknown products 'int8'"):
         sdi.Sketcher(loop, dim=64, products="int8")  # type: ignore[arg-type]
+
+
+class Keys(nn.Module):
+    """Attention whose keys alone are attributed; what they have in common cancels."""
+
+    def __init__(self, common: float) -> None:
+        super().__init__()
+        self.key, self.common = nn.Linear(128, 128, bias=False), common
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = nn.functional.layer_norm(x, (128,))
+        scores = x @ self.key(normed + self.common).transpose(1, 2) / 128**0.5
+        return x + scores.softmax(dim=-1) @ x
+
+
+@pytest.mark.parametrize(("common", "repeated"), [(0.0, 0), (30.0, 4)])
+def test_rows_that_cancel_are_not_rounded(
+    common: float, repeated: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A gradient that is a small difference of large tokens is sketched again in float32."""
+    monkeypatch.setattr(tensorsketch, "multiplies_bfloat16", lambda _: True)
+    torch.manual_seed(0)
+    loop = sdi.Loop(LoopedModel(Keys(common), width=128), "body")
+    batch, ids = tokens(), names(4)
+    sketcher = sdi.Sketcher(loop, dim=4096, method="outer")
+    found = sketcher(batch, ids).values
+    exact = sdi.Sketcher(loop, dim=4096, products="float32")(batch, ids).values
+    gap = (found - exact).norm(dim=2) / exact.norm(dim=2)
+    assert sketcher.repeated == repeated
+    assert float(gap.max()) < (1e-5 if repeated else 1 / (2 * 4096**0.5))
+    assert (float(gap.max()) > 1e-4) is not bool(repeated)
+    assert sdi.self_check(sketcher, batch, ids).worst < 1e-3
+    rough = sdi.Sketcher(loop, dim=4096, method="outer", products="bfloat16")
+    if repeated:
+        with pytest.raises(SelfCheckError, match="products in bfloat16 move a sketch by"):
+            sdi.self_check(rough, batch, ids)
+
+
+def test_float64_is_not_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model in double precision asked for more than bfloat16 can give."""
+    monkeypatch.setattr(tensorsketch, "multiplies_bfloat16", lambda _: True)
+    left, right = (torch.zeros(1, 1, 128, dtype=torch.float64) for _ in range(2))
+    assert not tensorsketch.rounds("auto", plan_of(128, 128, 4096), left, right)
 
 
 def test_costs_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,6 +190,17 @@ def test_costs_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert asdict(given) in json.loads(path.read_text()).values()
     assert len(asked) == 4
     costs.costs.cache_clear()
+
+
+def test_costs_without_a_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user without a home directory measures, rather than fails."""
+
+    def homeless() -> Path:
+        raise RuntimeError("no home")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert costs._home().name == "sdi"
 
 
 def test_costs_of_this_machine() -> None:

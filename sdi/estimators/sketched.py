@@ -36,13 +36,16 @@ class Sketcher:
         method: "auto" chooses the cheaper evaluation a use; "outer" and "fourier" force one. Both
             give the same sketch to rounding.
         products: in which type `outer` multiplies δᵀa. "auto" rounds the factors of large matrices
-            to bfloat16 where the processor multiplies it and M ≤ 16384, which adds an error of
-            about 0.3 % of the gradient's norm to the sketch's own 1/√M; "float32" never does.
+            to bfloat16 where the processor multiplies it and M ≤ 8192, which adds an error of
+            about 0.3 % of the gradient's norm to the sketch's own 1/√M; rows whose tokens cancel
+            so much that it might be half of that are sketched again without. "float32" never
+            rounds, "bfloat16" always does.
         rates: parameter name → learning rate η_p, where groups differ; enters as √(η_p/η̄).
         limit: bytes that the sketch's own buffers may take.
 
     Attributes:
-        rounded: whether a product has been rounded so far.
+        rounded: whether a product has been taken in bfloat16 so far.
+        repeated: how many rows have been sketched again without rounding.
 
     Raises:
         SpecError: for a dimension below 2, an unknown method or type of products, or rates of
@@ -70,7 +73,7 @@ class Sketcher:
             raise SpecError(f"unknown products '{products}': expected auto, bfloat16 or float32")
         self.loop, self.loss, self._limit = loop, loss, limit
         self.method, self.products = method, products
-        self.rounded = False
+        self.rounded, self.repeated = False, 0
         self.dim, self.seed, self.checkpoint = dim, seed, checkpoint
         self.hashing = Hashing(dim, seed, checkpoint)
         self.shapes = {n: tuple(p.shape) for n, p in loop.parameters().items()}
@@ -110,26 +113,22 @@ class Sketcher:
         part, _ = self.traced(batch, ids)
         return part
 
-    def _sink(self, batch: int) -> SketchSink:
-        return SketchSink(self._plans, batch, self.scales, self.method, self.products, self._limit)
-
-    def traced(self, batch: Any, ids: Sequence[str]) -> tuple[Part, Trace]:
-        """As a call, and with the trace of what the pass saw."""
-        ids = tuple(ids)
+    def traced(
+        self, batch: Any, ids: Sequence[str], products: Products | None = None
+    ) -> tuple[Part, Trace]:
+        """As a call, and with the trace of what the pass saw; `products` may be others."""
+        ids, products = tuple(ids), products or self.products
         if len(set(ids)) != len(ids):
             twice = sorted({i for i in ids if ids.count(i) > 1})
             raise SpecError(f"duplicate ids in one batch: {', '.join(twice[:5])}")
-        sink = self._sink(len(ids))
-
-        def check(losses: Tensor) -> None:
-            check_losses(losses, ids)
-
-        trace = capture(self.loop, batch, self.loss, sink, ids, check)
+        values, trace, sink = self._pass(batch, ids, products)
         self.rounded = self.rounded or sink.rounded
+        rough = sink.too_rough(values)
+        if products == "auto" and bool(rough.any()):
+            self.repeated += int(rough.sum())
+            values[rough] = self._pass(batch, ids, "float32")[0][rough]
         for name, kinds in trace.served.items():
             self.served.setdefault(name, set()).update(kinds)
-        device = next(self.loop.model.parameters()).device
-        values = sink.result(trace.steps, device)
         if not bool(torch.isfinite(values).all()):
             rows = (~torch.isfinite(values).flatten(1).all(dim=1)).nonzero().flatten().tolist()
             bad = [ids[i] for i in rows]
@@ -148,6 +147,19 @@ class Sketcher:
             trace.detached,
         )
         return part, trace
+
+    def _pass(
+        self, batch: Any, ids: tuple[str, ...], products: Products
+    ) -> tuple[Tensor, Trace, SketchSink]:
+        """(B, S, M) and how it came about."""
+        sink = SketchSink(self._plans, len(ids), self.scales, self.method, products, self._limit)
+
+        def check(losses: Tensor) -> None:
+            check_losses(losses, ids)
+
+        trace = capture(self.loop, batch, self.loss, sink, ids, check)
+        device = next(self.loop.model.parameters()).device
+        return sink.result(trace.steps, device), trace, sink
 
 
 def _scales(rates: Mapping[str, float], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, float]:

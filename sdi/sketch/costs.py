@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -22,9 +23,10 @@ from typing import Any
 
 import torch
 
+from sdi.sketch.kernels import has_numba
 from sdi.sketch.plan import Hashing, MatrixPlan
 
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -95,25 +97,33 @@ def measure(device: torch.device) -> Costs:
 def _measured(device: torch.device) -> Costs:
     from sdi.sketch import tensorsketch  # which asks here
 
-    batch, tokens, side, dim = 4, 128, 384, 4096
+    # On a GPU enough work for the launch not to count.
+    batch, tokens, side = (4, 128, 384) if device.type == "cpu" else (16, 512, 1024)
+    dim = 4096
     plan = Hashing(dim, 0, "trial").plan("trial", (side, side), device)
     assert isinstance(plan, MatrixPlan)
     factor = torch.ones(batch, tokens, side, device=device)
-    narrow, turned = factor.bfloat16(), factor.transpose(1, 2)
-    product, out = turned @ factor, torch.zeros(batch, dim, device=device)
+    dense = factor.new_ones(batch, side, side)
+    out = factor.new_zeros(batch, dim)
     spectrum = torch.zeros(batch, dim // 2 + 1, dtype=torch.complex64, device=device)
-    dense = batch * side * side
+
+    def outer(*, half: bool) -> float:
+        narrow = factor.bfloat16() if half else factor
+        return _nanoseconds(
+            lambda: tensorsketch.add_outer(plan, narrow, narrow, out, 1 << 26, half=half), device
+        )
 
     def fourier() -> None:
         tensorsketch.add_fourier(plan, factor, factor, spectrum, 1 << 26)
 
-    def add() -> None:
-        tensorsketch.add_dense_columns(plan, product, out)
-
+    add = 0.0  # the fused kernel's are part of its product
+    if device.type == "cpu":
+        add = _nanoseconds(lambda: tensorsketch.add_dense_columns(plan, dense, out), device)
+    products = [(outer(half=half) - add) / (dense.numel() * tokens) for half in (False, True)]
     return Costs(
-        product=_nanoseconds(lambda: turned @ factor, device) / (dense * tokens),
-        half_product=_nanoseconds(lambda: narrow.mT @ narrow, device) / (dense * tokens),
-        add=_nanoseconds(add, device) / dense,
+        product=products[0],
+        half_product=products[1],
+        add=add / dense.numel(),
         transform=_nanoseconds(fourier, device) / (batch * tokens * dim * math.log2(dim)),
     )
 
@@ -131,16 +141,23 @@ def _nanoseconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def _home() -> Path:
-    """Where caches go (XDG base directory specification)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdi"
+    """Where caches go (XDG base directory specification); a user may have no home."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sdi"
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / "sdi"
 
 
 def _key(device: torch.device) -> str:
+    """What the constants depend on."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
         name = str(_abilities().get("cpu_name", platform.processor()))
-    return f"{_VERSION}, torch {torch.__version__}, {name}"
+    kernel = "compiled adds" if has_numba() else "scattered adds"
+    half = "bfloat16" if multiplies_bfloat16(device) else "float32"
+    said = (_VERSION, f"torch {torch.__version__}", device.type, name, kernel, half)
+    return ", ".join(map(str, said))
 
 
 def _read(path: Path) -> dict[str, dict[str, float]]:

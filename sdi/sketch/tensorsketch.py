@@ -10,9 +10,10 @@ Which is cheaper is a matter of the machine (`sdi.sketch.costs`): wide layers on
 `fourier`, most others to `outer`. Sources: Pagh, "Compressed matrix multiplication" (2013), eq. 4;
 SDI, arXiv 2602.10097, section 4.
 
-The product of `outer` may round its factors, and itself, to bfloat16, with float32 sums. For
-factors without structure this moves the sketch by 0.3 % of the gradient's norm, whatever M is; the
-sketch's own error is 1/√M of it, 1.6 % at M = 4096.
+The product of `outer` may round its factors to bfloat16 (and itself, with float32 sums). That moves
+a sketch by about `ROUNDING`·√(Σ_n ‖left_n‖²‖right_n‖²): 0.2 to 0.3 % of the gradient's norm, where
+the sketch's own error is 1/√M of it, 1.6 % at M = 4096. Where tokens cancel it is more; so that
+sum is kept, and rows in which it is too much are sketched again without rounding (`Sketcher`).
 """
 
 from __future__ import annotations
@@ -32,8 +33,10 @@ Products = Literal["auto", "bfloat16", "float32"]
 
 ROUNDED_FROM = 1 << 14
 """Entries of a matrix from which "auto" rounds: below, the product is not what costs."""
-ROUNDED_UP_TO = 1 << 14
-"""M up to which "auto" rounds: beyond, rounding would be over a third of the sketch's own error."""
+ROUNDED_UP_TO = 1 << 13
+"""M up to which "auto" rounds: beyond, it would be over a quarter of the sketch's own error."""
+ROUNDING = 2.3e-3
+"""Relative error of a product of two rounded factors, root mean square: √2 times that of one."""
 
 
 def choose(
@@ -49,12 +52,21 @@ def rounds(products: Products, plan: MatrixPlan, left: Tensor, right: Tensor) ->
     """Whether the factors of a product are to be rounded to bfloat16."""
     if products != "auto":
         return products == "bfloat16"
+    if torch.float64 in (left.dtype, right.dtype):
+        return False
     large = left.shape[-1] * right.shape[-1] >= ROUNDED_FROM
     return large and plan.dim <= ROUNDED_UP_TO and multiplies_bfloat16(left.device)
 
 
 def add_outer(
-    plan: MatrixPlan, left: Tensor, right: Tensor, out: Tensor, limit: int, *, half: bool = False
+    plan: MatrixPlan,
+    left: Tensor,
+    right: Tensor,
+    out: Tensor,
+    limit: int,
+    *,
+    half: bool = False,
+    noise: Tensor | None = None,
 ) -> None:
     """Add the sketch of Σ_n left ⊗ right into `out` by way of the dense product.
 
@@ -65,9 +77,14 @@ def add_outer(
         out: (B, M) float32, added to in place.
         limit: most bytes that the dense product of a chunk of examples may take.
         half: whether to multiply in bfloat16, else in float32.
+        noise: (B,) float32, to which Σ_n ‖left_n‖²‖right_n‖² is added where factors are rounded.
     """
     dtype = torch.bfloat16 if half else torch.float32
+    rounding = half and not left.dtype == right.dtype == dtype
     left, right = left.to(dtype), right.to(dtype)
+    if rounding and noise is not None:
+        sizes = (torch.linalg.vector_norm(t, dim=2, dtype=torch.float32) for t in (left, right))
+        noise += (next(sizes) * next(sizes)).square().sum(dim=1)
     if (kernels := fused(left.device)) is not None:
         kernels.outer(plan, left, right, out, limit=limit)
         return
