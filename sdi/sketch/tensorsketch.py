@@ -83,8 +83,8 @@ def add_outer(
     rounding = half and not left.dtype == right.dtype == dtype
     left, right = left.to(dtype), right.to(dtype)
     if rounding and noise is not None:
-        sizes = (torch.linalg.vector_norm(t, dim=2, dtype=torch.float32) for t in (left, right))
-        noise += (next(sizes) * next(sizes)).square().sum(dim=1)
+        sizes = [torch.linalg.vector_norm(t, dim=2).float() for t in (left, right)]
+        noise += (sizes[0] * sizes[1]).square().sum(dim=1)
     if (kernels := fused(left.device)) is not None:
         kernels.outer(plan, left, right, out, limit=limit)
         return
