@@ -103,7 +103,7 @@ def step_demand(case: Case, *, has_bf16: bool) -> float:
 
 EXPECTED = """\
 Written before the first run of this command, from the operations each pass needs and from what
-`tests.benchmarks.passes` had shown (floor 0.7, ours 1.6, 1.15 and 1.5 at d128, d256, d256 bf16).
+a first benchmark had shown (floor 0.7, ours 1.6, 1.15 and 1.5 at d128, d256, d256 bf16).
 
 | what | expected |
 | --- | --- |

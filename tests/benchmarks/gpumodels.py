@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import sdi
-from tests.benchmarks.passes import Block
+from tests.benchmarks.workers.models import Block
 
 
 @dataclass(frozen=True)
