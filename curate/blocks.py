@@ -83,8 +83,11 @@ class SketchRows:
         )
 
     def take(self, rows: Numbers, slots: Numbers | None = None) -> Block:
-        """Any rows, in the order that is asked for; with `slots`, one slot of each, as U = 1."""
-        one = slots if self.slots > 1 else None
+        """Any rows, in the order that is asked for; with `slots`, one slot of each, as U = 1.
+
+        Slots that a row does not have are zeros, as in `read`.
+        """
+        one = slots if self.slots > 1 or (slots is not None and slots.any()) else None
         width = self.slots if slots is None else 1
         found = Block(
             np.zeros((len(rows), width, self.dim), dtype=np.int8),

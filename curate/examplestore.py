@@ -139,13 +139,18 @@ class ExampleStore:
 
     def table(self, set_name: str) -> pl.LazyFrame:
         """The set's own table, with loss, steps and side columns joined by row."""
-        entry = self.entry(set_name)
-        frame = self._run.scan(entry.parts, f"rows in set '{set_name}'")
-        if self._run.manifest.find_kind(set_name, "rows"):
-            frame = _join(frame, self._measured(set_name).lazy())
-        for file in entry.sides.values():
-            frame = _join(frame, pl.scan_parquet(self._run.path / file.path))
+        frame = self._run.scan(self.entry(set_name).parts, f"rows in set '{set_name}'")
+        for more in self.beside(set_name):
+            table = pl.scan_parquet(more) if isinstance(more, Path) else more.lazy()
+            frame = frame.join(table, on="row", how="left", maintain_order="left")
         return frame
+
+    def beside(self, set_name: str) -> list[pl.DataFrame | Path]:
+        """What `table` joins by `row`: loss and steps once there are some, then side columns."""
+        sides = [self._run.path / file.path for file in self.entry(set_name).sides.values()]
+        if not self._run.manifest.find_kind(set_name, "rows"):
+            return [*sides]
+        return [self._measured(set_name), *sides]
 
     def losses(self, set_name: str) -> pl.DataFrame:
         """row, then losses by checkpoint."""
@@ -240,7 +245,3 @@ def _files(directory: Path) -> Iterator[Path]:
     for path in sorted(directory.iterdir()):
         if path.is_file() and not path.name.startswith((".", "side-")):
             yield path
-
-
-def _join(frame: pl.LazyFrame, more: pl.LazyFrame) -> pl.LazyFrame:
-    return frame.join(more, on="row", how="left", maintain_order="left")

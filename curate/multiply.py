@@ -87,17 +87,23 @@ class Operand:
 def digits_of(
     values: npt.NDArray[np.floating],
 ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float64]]:
-    """int8 (D · V, M), the first digits of all above the second, and scale (V,) of (V, M)."""
+    """int8 (D · V, M), the first digits of all above the second, and scale (V,) of (V, M).
+
+    D is as small as leaves no more than float32 rounds off a stored sketch: its entry and its
+    largest one each by half a unit in the last place.
+    """
     scale = np.abs(values).max(axis=1).astype(np.float64) / LARGEST
     rest = values / np.where(scale > 0, scale, 1.0)[:, None]
     found: list[npt.NDArray[np.int8]] = []
+    enough = LARGEST * float(np.finfo(np.float32).eps)
     while len(found) < DIGITS:
         digit = np.rint(rest)
-        if found and not digit.any():
-            break
         found.append(digit.astype(np.int8))
         rest -= digit
+        if np.abs(rest).max(initial=0.0) <= enough:
+            break
         rest *= BASE
+        enough *= BASE
     return np.concatenate(found), scale
 
 

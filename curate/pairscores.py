@@ -23,7 +23,7 @@ from curate.columns import Moments, finish, step_columns
 from curate.errors import UsageError
 from curate.influencetable import write_parquet
 from curate.manifest import File
-from curate.product import EXTRA
+from curate.product import EXTRA, Product
 from curate.queryvectors import Doubles, Groups, QueryVectors
 from curate.survey import Ranking, survey
 from curate.workers import in_order
@@ -83,28 +83,34 @@ def _tops(scoring: Scoring, span: tuple[int, int], ranked: tuple[int, ...]) -> p
     product, vectors = scoring.product, scoring.vectors(groups)
     early, late = (mask[slice(*span)] for mask in scoring.side.masks)
     ranking = Ranking.of(str(scoring.detail["top_by"]), ranked)
-    found = survey(product, vectors, (early, late), ranking, int(scoring.detail["top_k"]))
+    keep = int(scoring.detail["top_k"])
+    found = survey(product, vectors, (early, late), ranking, keep, first=span[0])
     rows, raw = found.rows, np.empty((*found.rows.shape, scoring.side.steps + len(EXTRA)))
-    for query, own in enumerate(rows):
+    for query, own in enumerate(rows if rows.size else ()):
         own.sort()
-        bound = product.bind([_single(one, query) for one in vectors])
-        scores = product.score_rows(bound, own)[:, 0]
+        scores = _exact(product, [_single(one, query) for one in vectors], own)
         order = np.argsort(-_key(scores, ranked), kind="stable")  # ties by row
         own[:], raw[query] = own[order], scores[order]
-    keep = rows.shape[1]
-    each = np.repeat(np.arange(len(rows)), keep)
+    each = np.repeat(np.arange(len(rows)), rows.shape[1])
     standard = scoring.settings.contrast == "standardised"
     moments = found.moments
     frame = finish(
-        raw.reshape(len(each), -1),
+        raw.reshape(-1, raw.shape[2]),
         Moments(moments.count, moments.mean[:, each], moments.square[:, each])
         if standard
         else None,
         absent=scoring.side.absent(groups)[each],
         errors=scoring.settings.precondition is None,
     )
-    ranks = np.tile(np.arange(1, keep + 1, dtype=np.int64), len(rows))
+    ranks = np.tile(np.arange(1, rows.shape[1] + 1, dtype=np.int64), len(rows))
     return _keyed(frame, span[0] + each, rows.ravel(), ranks)
+
+
+def _exact(product: Product, vectors: list[QueryVectors], rows: Rows) -> Doubles:
+    """Scores (k, τ + 8) of one query's rows, as many at once as a block may have."""
+    bound = product.bind(vectors)
+    pieces = spans(0, len(rows), product.block(bound))
+    return np.concatenate([product.score_rows(bound, rows[a:b])[:, 0] for a, b in pieces])
 
 
 def _single(vectors: QueryVectors, query: int) -> QueryVectors:

@@ -4,7 +4,8 @@
 they speak of. Both run in `curate.sandbox`, whose docstring says how it is fenced. Tables go there
 as files: what the run has as Parquet is opened in place, so that only the columns and rows that the
 statement asks for are read; anything else is written as one Arrow file, and only when the statement
-names it.
+names it. What belongs to the rows of a set and is not in its table is joined to it in SQL, so that
+text and tokens need not be read for it.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import polars as pl
 
 from curate.errors import CurateError, UsageError
+from curate.examplestore import ExampleStore
 
 if TYPE_CHECKING:
     from curate.manifest import File
@@ -51,12 +54,23 @@ class Limits:
         return cls(cls.memory if memory is None else parse_bytes(memory), count, seconds)
 
 
+Content = tuple[Path, ...] | pl.LazyFrame
+
+
 @dataclass(frozen=True)
 class Part:
-    """One piece of a table: Parquet files or a lazy frame, and constant columns that go first."""
+    """One piece of a table.
 
-    content: tuple[Path, ...] | pl.LazyFrame
+    Attributes:
+        content: Parquet files or a lazy frame.
+        constants: columns that go first, with the value of all rows.
+        beside: makes tables of the same rows, whose columns go last. They are joined by `row`, and
+            made only where the statement names the table.
+    """
+
+    content: Content
     constants: tuple[tuple[str, str], ...] = ()
+    beside: Callable[[], list[Content]] | None = None
 
 
 Tables = Mapping[str, Sequence[Part]]
@@ -87,7 +101,8 @@ def sql(
 
     Tables: `examples` (all sets, column `set`), `influence` and `tops` (all queries, column
     `query`), `influence_long` (one row per step), `decisions` (column `selection`), `steps`
-    (index and label), `dropped` (rows left out at loading, where a set keeps them).
+    (index and label), `dropped` (rows left out at loading, where a set keeps them). Without an
+    ORDER BY the rows of the answer come in any order.
 
     Raises:
         UsageError: the statement does more than read, is not SQL, or names what is not there.
@@ -101,7 +116,7 @@ def run_tables(run: RunDirectory) -> dict[str, list[Part]]:
     """The tables of a run that `sql` offers, each as its parts; empty tables are left out."""
     manifest = run.manifest
     tables: dict[str, list[Part]] = {
-        "examples": [Part(run.examples(name), (("set", name),)) for name in manifest.sets],
+        "examples": _examples(run),
         "influence": [],
         "tops": [],
         "decisions": [],
@@ -123,6 +138,20 @@ def _part(
     run: RunDirectory, files: Sequence[File], constants: tuple[tuple[str, str], ...]
 ) -> list[Part]:
     return [Part(tuple(run.path / file.path for file in files), constants)] if files else []
+
+
+def _examples(run: RunDirectory) -> list[Part]:
+    """Every set's table, with loss, steps and side columns beside it."""
+    store = ExampleStore(run)
+
+    def beside(name: str) -> list[Content]:
+        return [(m,) if isinstance(m, Path) else m.lazy() for m in store.beside(name)]
+
+    return [
+        replace(part, beside=partial(beside, name))
+        for name, entry in run.manifest.sets.items()
+        for part in _part(run, entry.parts, (("set", name),))
+    ]
 
 
 def _dropped(run: RunDirectory) -> list[Part]:
@@ -219,10 +248,13 @@ def _request(
     definitions: list[str] = []
     for table, parts in tables.items():
         selects = []
-        for number, part in enumerate(parts if table in wanted else parts[:1]):
-            name = f"__{table}_{number}"
-            files[name] = _files(part, private / f"{name}.arrow", whole=table in wanted)
-            selects.append(f'SELECT {_constants(part)}* FROM "{name}"')
+        whole = table in wanted
+        for number, part in enumerate(parts if whole else parts[:1]):
+            more = part.beside() if part.beside and whole else []
+            named = {f"__{table}_{number}_{n}": c for n, c in enumerate([part.content, *more])}
+            for name, content in named.items():
+                files[name] = _files(content, private / f"{name}.arrow", whole)
+            selects.append(_select(part.constants, named))
         definitions.append(f'CREATE VIEW "{table}" AS ' + " UNION ALL BY NAME ".join(selects))
     definitions += [f'CREATE VIEW "{name}" AS {query}' for name, query in views.items()]
     return {"files": files, "views": definitions, "tables": [*tables, *views]}
@@ -236,16 +268,39 @@ def _mentioned(statement: str, tables: Tables, views: dict[str, str]) -> set[str
     return {name for name in tables if name.lower() in text.lower()}
 
 
-def _constants(part: Part) -> str:
-    quoted = ((value.replace("'", "''"), name) for name, value in part.constants)
-    return "".join(f"'{value}' AS \"{name}\", " for value, name in quoted)
+def _select(constants: tuple[tuple[str, str], ...], contents: Mapping[str, Content]) -> str:
+    """The rows of the first of `contents`, with the columns of the others joined by `row`.
+
+    A name that was there before gets `_right` behind it, as in `RunDirectory.examples`.
+    """
+    first, *others = contents
+    columns = ["'{}' AS {}".format(value.replace("'", "''"), _quoted(n)) for n, value in constants]
+    columns.append(f"{_quoted(first)}.*")
+    taken, joins = set(_names(contents[first])) if others else set(), ""
+    for other in others:
+        for name in _names(contents[other]):
+            if name != "row":
+                shown = f"{name}_right" if name in taken else name
+                columns.append(f"{_quoted(other)}.{_quoted(name)} AS {_quoted(shown)}")
+                taken.add(shown)
+        joins += f' LEFT JOIN "{other}" ON "{other}"."row" = "{first}"."row"'
+    return f'SELECT {", ".join(columns)} FROM "{first}"{joins}'
 
 
-def _files(part: Part, path: Path, whole: bool) -> dict[str, Any]:
-    """Where the part's rows lie; a lazy frame is written, without rows if none are asked for."""
-    if isinstance(part.content, tuple):
-        return {"format": "parquet", "paths": [str(file.resolve()) for file in part.content]}
-    frame = part.content if whole else part.content.head(0)
+def _quoted(name: str) -> str:
+    return '"' + name.replace('"', '""') + '"'
+
+
+def _names(content: Content) -> list[str]:
+    frame = pl.scan_parquet(content[0]) if isinstance(content, tuple) else content
+    return frame.collect_schema().names()
+
+
+def _files(content: Content, path: Path, whole: bool) -> dict[str, Any]:
+    """Where the rows lie; a lazy frame is written, without rows if none are asked for."""
+    if isinstance(content, tuple):
+        return {"format": "parquet", "paths": [str(file.resolve()) for file in content]}
+    frame = content if whole else content.head(0)
     frame.sink_ipc(path, compression="uncompressed", compat_level=pl.CompatLevel.oldest())
     return {"format": "arrow", "paths": [str(path)]}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,15 @@ from curate.query import evaluate
 if TYPE_CHECKING:
     from curate.rundir import RunDirectory
 
+Tables = tuple[pl.LazyFrame, pl.LazyFrame]
 SHOWN = ("row", "id", "source", "score", "score_se", "rank")
+_EXPANDS = re.compile(
+    r"""\b(?:columns|frame)\b | \# | -- | /\*
+    | (?:^ | [^\w)\]}"'\s*] | \b(?:by|distinct|all)) \s* \*""",
+    re.VERBOSE | re.IGNORECASE,
+)
+"""SQL that may reach columns without their names: COLUMNS(…), the row as a whole, #1, a star that
+multiplies nothing (comments could hide one). It may find too much, never too little."""
 
 
 @dataclass(frozen=True)
@@ -116,13 +125,17 @@ def default_query(run: RunDirectory, query: str | None) -> str:
 
 def scored_examples(run: RunDirectory, query: str) -> pl.DataFrame:
     """Every training row with its influence on `query` and its example columns, by row."""
-    return _joined(run, query).sort("row").collect()
+    return _joined(_tables(run, query)).sort("row").collect()
 
 
-def _joined(run: RunDirectory, query: str, rows: list[int] | None = None) -> pl.LazyFrame:
-    """The same, unread and in the order of the rows' table; of some rows on request."""
-    entry = run.influence_entry(query)
-    influence, examples = run.influence(query), run.examples(entry.train_set)
+def _tables(run: RunDirectory, query: str) -> Tables:
+    """The influence of the rows on a query, and the rows, unread but for their losses."""
+    return run.influence(query), run.examples(run.influence_entry(query).train_set)
+
+
+def _joined(tables: Tables, rows: list[int] | None = None) -> pl.LazyFrame:
+    """Both, unread and in the order of the rows' table; of some rows on request."""
+    influence, examples = tables
     known = set(influence.collect_schema().names()) - {"row"}
     ours = [name for name in examples.collect_schema().names() if name not in known]
     if rows is not None:  # on both sides, so that neither is read whole
@@ -132,14 +145,16 @@ def _joined(run: RunDirectory, query: str, rows: list[int] | None = None) -> pl.
     return examples.select(ours).join(influence, on="row", how="left", maintain_order="left")
 
 
-def _ranked(run: RunDirectory, query: str, config: RankConfig) -> pl.DataFrame:
-    """The best rows, from no more columns than the configuration names."""
+def _ranked(tables: Tables, config: RankConfig) -> pl.DataFrame:
+    """The best rows, from no more columns than the configuration names.
+
+    Read whole, they go to SQL in the order of the rows, as all columns would: a window function
+    without ORDER BY sees the same neighbours. A join of the Parquet files in SQL keeps no order.
+    """
     text = f"{config.by} {config.where or ''}".lower()
-    influence = run.influence(query)
-    table = influence
+    influence, _ = tables
     missing = config.by not in influence.collect_schema().names() or config.where is not None
-    if missing:
-        table = _joined(run, query)
+    table = _joined(tables) if missing else influence
     names = table.collect_schema().names()
     wanted = [name for name in names if name in ("row", f"{config.by}_se") or name.lower() in text]
     frame = table.select(wanted).collect()
@@ -171,17 +186,21 @@ def rank(
 
     `by` is early, late, total, contrast, peak, centre, energy, any other column of the influence
     or the examples table, or an SQL expression over both. Where only the `top` are asked for, the
-    columns that `by` and `where` name are read whole, and the others of those rows alone.
+    columns that `by` and `where` name are read whole, and the others of those rows alone; where
+    they may mean columns that they do not name (`COLUMNS('s0.')`, `*`), all are read whole.
     """
     config = RankConfig(by=by, descending=descending, where=where, top=top)
     query = default_query(run, query)
-    if top is None or top < 1:
-        return rank_frame(scored_examples(run, query), config)
+    tables = _tables(run, query)
+    plain = by in tables[0].collect_schema().names()
+    texts = (where or "", "" if plain else by)
+    if top is None or top < 1 or any(map(_EXPANDS.search, texts)):
+        return rank_frame(_joined(tables).sort("row").collect(), config)
     try:
-        best = _ranked(run, query, config)
+        best = _ranked(tables, config)
     except UsageError:  # the message names the columns there are, so it needs them all
-        return rank_frame(scored_examples(run, query), config)
-    whole = _joined(run, query, best["row"].to_list()).collect()
+        return rank_frame(_joined(tables).sort("row").collect(), config)
+    whole = _joined(tables, best["row"].to_list()).collect()
     kept = best.select("row", "score", "score_se", "rank")
     found = whole.drop("score", "score_se", "rank", "passes", strict=False).join(kept, on="row")
     return _arranged(found.sort("rank"))

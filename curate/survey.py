@@ -22,6 +22,7 @@ from torch import Tensor
 
 from curate.blocks import spans
 from curate.columns import Moments
+from curate.errors import CurateError
 from curate.product import Product
 from curate.queryvectors import QueryVectors
 from curate.scratch import Progress
@@ -29,6 +30,8 @@ from curate.workers import in_order
 
 Rows = npt.NDArray[np.int64]
 Masks = tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]
+NAMED = 10
+"""How many rows an error names."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,8 @@ def survey(
     ranking: Ranking,
     keep: int,
     progress: Progress | None = None,
+    *,
+    first: int = 0,
 ) -> Found:
     """Go over all training rows once.
 
@@ -79,7 +84,12 @@ def survey(
         vectors: by checkpoint, of single queries: each is a group of its own.
         masks: which steps of each query are early, and which late; (Q, τ) each.
         keep: k; all rows where there are no more.
+        first: row of the first query in its set, for an error.
+
+    Raises:
+        CurateError: scores that are NaN or infinite, which nothing can be ranked by.
     """
+    _check_queries(vectors, first)
     bound = product.bind_steps(vectors)
     shares = [_shares(mask) for mask in masks]
     best = _Best(bound.shape[1], min(keep, product.rows))
@@ -88,6 +98,7 @@ def survey(
         steps = product.steps(bound, start, stop)
         windows = _windows(steps, shares)
         key = ranking.key(steps, windows)
+        _check_scores(key, windows, start)
         hits = (key > best.threshold).nonzero(as_tuple=True)
         rows = torch.stack([hits[1], hits[0] + start]).numpy()
         return _moments(windows), rows, key[hits].numpy()
@@ -101,6 +112,30 @@ def survey(
             if progress:
                 progress(stop, product.rows)
     return Found(best.rows(), moments[0])
+
+
+def _check_queries(vectors: Sequence[QueryVectors], first: int) -> None:
+    """Refuse queries whose vectors are not finite at some checkpoint."""
+    finite = [np.isfinite(one.values).all(axis=(0, 2, 3)) for one in vectors]
+    bad = np.flatnonzero(~np.all(finite, axis=0))
+    if len(bad):
+        raise _not_finite("query", bad + first)
+
+
+def _check_scores(key: Tensor, windows: Tensor, start: int) -> None:
+    """Refuse scores (B, Q) and (2, B, Q) of rows from `start` that are not finite."""
+    finite = key.isfinite() & windows.isfinite().all(dim=0)
+    if not finite.all():
+        raise _not_finite("training", (~finite).any(dim=1).nonzero()[:, 0].numpy() + start)
+
+
+def _not_finite(side: str, rows: Rows) -> CurateError:
+    named = ", ".join(map(str, rows[:NAMED])) + (", …" if len(rows) > NAMED else "")
+    return CurateError(
+        f"{side} rows {named}: their scores are NaN or infinite, and cannot be ranked. Their "
+        "sketches are damaged (check the run with `curate doctor RUN`), or so large that products "
+        "overflow float32: then leave these rows out, and sketch and score again"
+    )
 
 
 def _shares(mask: npt.NDArray[np.bool_]) -> list[tuple[int, Tensor | None]]:
@@ -153,6 +188,8 @@ class _Best:
             self._settle()
 
     def _settle(self) -> None:
+        if not self._parts:
+            return
         query, row, key = (np.concatenate(part) for part in zip(*self._parts, strict=True))
         order = np.lexsort((row, -key, query))
         query, row, key = query[order], row[order], key[order]
@@ -166,6 +203,8 @@ class _Best:
         self._waiting = 0
 
     def rows(self) -> Rows:
-        """The rows kept, (Q, k)."""
+        """The rows kept, (Q, k); (Q, 0) where none was offered."""
         self._settle()
+        if not self._parts:
+            return np.empty((self._queries, 0), dtype=np.int64)
         return self._parts[0][1].reshape(self._queries, self._keep)

@@ -25,7 +25,7 @@ def sketches(count: int, dim: int, seed: int = 0) -> tuple[np.ndarray, np.ndarra
 def test_stored_sketches_are_multiplied_exactly() -> None:
     """A query's own sketch takes one digit, and its products with others are those of integers."""
     rows, _ = sketches(50, 640)
-    query, scale = sketches(7, 640, seed=1)
+    query, scale = sketches(300, 640, seed=1)
     values = query.astype(np.float32) * scale[:, None]
     digits, _ = digits_of(values)
     np.testing.assert_array_equal(digits, query)
@@ -61,6 +61,22 @@ def test_digits_leave_what_float32_leaves() -> None:
     parts = digits.reshape(3, 5, 4096).astype(np.float64)
     held = (parts[0] + parts[1] / multiply.BASE + parts[2] / multiply.BASE**2) * scale[:, None]
     assert (np.linalg.norm(held - values, axis=1) < 2e-7 * np.linalg.norm(values, axis=1)).all()
+
+
+@pytest.mark.parametrize("small", [1e-6, 1.4e-5, 7e-6, 2e-3])
+def test_small_entries_are_not_dropped(small: float) -> None:
+    """Entries far below the largest count where there are many: whichever digits are all zero,
+    what is left out is within float32's rounding of the largest.
+    """
+    values = np.full((1, 64), small)
+    values[0, 0] = 1.0
+    digits, scale = digits_of(values)
+    weights = multiply.BASE ** -np.arange(len(digits), dtype=np.float64)
+    held = (weights @ digits.astype(np.float64)) * scale
+    assert np.abs(held - values[0]).max() <= 1.2e-7
+    rows = torch.full((1, 64), 127, dtype=torch.int8)
+    found = float(Operand.of(values, CPU).times(rows))
+    assert found == pytest.approx(127 * (1 + 63 * small), abs=1e-6 * 127 * 8)
 
 
 def test_blocks_come_in_order_and_threads_are_given_back() -> None:

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
 import polars as pl
 import pytest
+from polars.testing import assert_frame_equal
 
+from curate import atomic, query
 from curate.errors import CurateError, UsageError
-from curate.query import Limits, Part, evaluate, parse_bytes, read
+from curate.examplestore import ExampleStore
+from curate.manifest import ShardEntry
+from curate.query import Limits, Part, evaluate, parse_bytes, read, run_tables, sql
+from curate.run import Run
+from curate.rundir import RunDirectory
+from tests.sketchedrun import make
 
 FRAME = pl.DataFrame({"row": [0, 1, 2], "total": [3.0, None, 1.0], "source": ["a", "b", "a"]})
 SMALL = Limits(memory=64 << 20, threads=1, timeout=2.0)
@@ -112,12 +122,19 @@ def test_refuses_whatever_is_not_reading_its_tables(
     assert [path.name for path in tmp_path.iterdir()] == ["secret.csv"]
 
 
+def imported_sandbox() -> ModuleType:
+    """The sandbox's module, without the guard that keeps its own process from importing pandas."""
+    from curate import sandbox
+
+    sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not sandbox.NoPandas]
+    return sandbox
+
+
 def admit(statement: str) -> None:
     """Check a statement in this process as the sandbox does, then run it if it passes."""
     import duckdb
 
-    from curate import sandbox
-
+    sandbox = imported_sandbox()
     connection = duckdb.connect(":memory:")
     connection.register("t", FRAME.to_arrow())
     sandbox.lock(connection, {"spill": "", "threads": 1, "memory": 1 << 27, "timeout": 5})
@@ -138,8 +155,7 @@ def test_locked_connection_holds_without_the_tree_check(statement: str, tmp_path
     """
     import duckdb
 
-    from curate import sandbox
-
+    sandbox = imported_sandbox()
     connection = duckdb.connect(":memory:")
     connection.register("t", FRAME.to_arrow())
     sandbox.lock(connection, {"spill": "", "threads": 1, "memory": 1 << 27, "timeout": 5})
@@ -158,8 +174,6 @@ def test_writing_is_refused_end_to_end(tmp_path: Path) -> None:
 
 def test_environment_is_not_inherited(monkeypatch: pytest.MonkeyPatch) -> None:
     """The process that runs SQL is started without the caller's environment."""
-    from curate import query
-
     monkeypatch.setenv("SOME_TOKEN", "hidden")
     seen: dict[str, object] = {}
 
@@ -230,3 +244,67 @@ def test_amounts_of_memory() -> None:
     for text in ("lots", "-1", "1kB"):
         with pytest.raises(UsageError):
             parse_bytes(text)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """A run with losses of its first 32 training rows, and a side table with a name of its own and
+    one that is there already.
+    """
+    run = make(tmp_path_factory.mktemp("asked") / "run").run
+    directory = run.sketches_directory("train", "a")
+    for number, rows in enumerate([(0, 16), (16, 32)]):
+        files = {}
+        for name, kind in (("loss", np.float32), ("depth", np.int32)):
+            path = directory / f"{name}-{number:05d}.npy"
+            np.save(path, np.arange(*rows, dtype=kind) % 5 + 1)
+            files[path.name] = atomic.sha256(path)
+        run.add_shard(
+            ShardEntry(set="train", checkpoint="a", kind="rows", number=number, rows=rows,
+                       steps=4, files=files)
+        )  # fmt: skip
+    side = {"row": [1, 40], "leaks": [["q"], []], "topic": ["other", None]}
+    run.add_side("train", "more", pl.DataFrame(side))
+    return run
+
+
+def test_examples_are_those_of_the_run(run: RunDirectory) -> None:
+    """SQL sees the examples as the run's own table has them: every set, loss and steps, side
+    columns, and a name that is there twice; however the statement names the columns.
+    """
+    expected = Run(run).examples.sort("set", "row")
+    assert {"loss", "steps", "leaks", "topic_right"} <= set(expected.columns)
+    assert expected["loss"].null_count() == 9 + 7
+    found = sql(run, 'SELECT * FROM examples ORDER BY "set", "row"')
+    assert found.columns[0] == "set"
+    assert_frame_equal(found, expected, check_column_order=False)
+    short = sql(run, "FROM (SELECT COLUMNS('row|loss|leaks|set') FROM examples) ORDER BY ALL")
+    columns = ["set", "row", "loss", "leaks"]
+    assert_frame_equal(short.select(columns).sort("set", "row"), expected.select(columns))
+    assert sql(run, "SELECT count(loss), sum(steps) FROM examples").rows() == [
+        (32, int(expected["steps"].sum()))
+    ]
+
+
+def test_examples_are_read_in_place(run: RunDirectory, tmp_path: Path) -> None:
+    """The rows' own table is opened as it lies; what is written for the sandbox is the row, its
+    loss and its steps.
+    """
+    request = query._request("SELECT * FROM examples", run_tables(run), {}, tmp_path)
+    own = {name: files for name, files in request["files"].items() if "examples" in name}
+    kinds = [files["format"] for files in own.values()]
+    assert sorted(kinds) == ["arrow", "parquet", "parquet", "parquet"]
+    (written,) = [files["paths"][0] for files in own.values() if files["format"] == "arrow"]
+    assert pl.read_ipc(written).columns == ["row", "loss", "steps"]
+
+
+def test_what_is_not_asked_for_is_not_read(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A statement that does not name the examples reads no losses."""
+
+    def never(*_: object) -> None:
+        raise AssertionError("the losses were read")
+
+    monkeypatch.setattr(ExampleStore, "beside", never)
+    assert sql(run, "SELECT count(*) FROM steps").rows() == [(4,)]

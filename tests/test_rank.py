@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import polars as pl
 import pytest
+from polars.testing import assert_frame_equal
 
 from curate.errors import UsageError
-from curate.rank import RankConfig, rank_frame, scored
+from curate.rank import _EXPANDS, RankConfig, rank, rank_frame, scored
+from curate.rundir import RunDirectory
+from curate.scores import score_run
+from tests.sketchedrun import make
 
 FRAME = pl.DataFrame(
     {
@@ -65,3 +69,57 @@ def test_wrong_requests_are_named(config: RankConfig, text: str) -> None:
     """What is no number, no condition, no column or no reading expression is refused."""
     with pytest.raises(UsageError, match=text):
         rank_frame(FRAME, config)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """A scored run of 41 rows and steps s01 to s04."""
+    found = make(tmp_path_factory.mktemp("ranked") / "run").run
+    score_run(found, "test")
+    return found
+
+
+@pytest.mark.parametrize(
+    ("by", "where"),
+    [
+        ("total", None),
+        ("late - 2 * early", "source = 'a'"),
+        ("greatest(*COLUMNS('s0[12]|s03'))", None),
+        ("list_sum([ *columns(lambda c: c LIKE 's0%') ])", None),
+        ("struct_extract(frame, 'early')", None),
+        ("(SELECT max(v) FROM (UNPIVOT (SELECT s01, s02) ON * INTO NAME n VALUE v))", None),
+        ("#3", None),
+        ("total - lag(total, 1, 0) OVER ()", "late > 0"),
+        ("total", "least(*COLUMNS('early|s02')) > 0"),
+    ],
+)
+def test_top_is_the_head_of_all(run: RunDirectory, by: str, where: str | None) -> None:
+    """The best few are the first of the whole ranking, whichever way SQL names the columns."""
+    whole = rank(run, "test", by=by, where=where)
+    assert whole.height > 3
+    best = rank(run, "test", by=by, where=where, top=3)
+    assert_frame_equal(best, whole.head(3), check_column_order=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "expands"),
+    [
+        ("late * 2 - early*total", False),
+        ('(late) * (early) ** 2 * "s01"', False),
+        ("avg(total) OVER (PARTITION BY source)", False),
+        ("columns_seen * timeframe", False),
+        ("*", True),
+        ("count(*) OVER ()", True),
+        ("greatest(* EXCLUDE (row))", True),
+        ("max(DISTINCT *)", True),
+        ("COLUMNS(lambda c: true)", True),
+        ("hash(Frame)", True),
+        ("frame.*", True),
+        ("#2", True),
+        ("greatest(/* all */ *)", True),
+        ("greatest(-- all\n *)", True),
+    ],
+)
+def test_texts_that_name_their_columns(text: str, expands: bool) -> None:
+    """Multiplication reads the columns it names; whatever may mean others is given all of them."""
+    assert bool(_EXPANDS.search(text)) == expands

@@ -8,12 +8,13 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from sdi.sketch.fused import fused
+from sdi.sketch.fused import Fused, _tried, fused
 from tests.benchmarks.kernelcheck import NAMED
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -81,6 +82,17 @@ def test_outer_never_writes_the_dense_product(built: list[dict[str, Any]]) -> No
 
 
 @needs_triton
+def test_places_of_long_batches_fit(built: list[dict[str, Any]]) -> None:
+    """Where a factor of `outer` is read is reckoned in 64 bits, so that an example of 2³¹ entries
+    and more does not overflow.
+    """
+    halves = [line for line in built if line["kernel"].startswith("outer bf16")]
+    assert len(halves) == 8
+    for line in halves:
+        assert line["narrow"] == 0 and line["wide"] > 0, line
+
+
+@needs_triton
 def test_a_group_of_columns_goes_out_together(built: list[dict[str, Any]]) -> None:
     """Eight columns of a group cost two adds, one at its foot and one past it, instead of eight."""
     adds = {(line["capability"], line["kernel"]): line["adds"] for line in built}
@@ -102,7 +114,7 @@ def test_fourier_writes_its_sums_once(built: list[dict[str, Any]]) -> None:
 @needs_triton
 def test_whole_pass_is_the_one_in_torch(tmp_path: Path) -> None:
     """A pass whose matrices all go through the kernels gives the sketches of a pass in torch, in
-    float32 and bf16, with learning rates that scale the gradients.
+    float32 and bf16, with learning rates that scale the gradients; the trial before it passes.
     """
     lines = lines_of(tmp_path, "--pass")
     assert len(lines) == 4
@@ -124,6 +136,33 @@ def test_a_gpu_without_triton_falls_back_aloud(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delitem(sys.modules, "sdi.sketch.triton_fourier", raising=False)
     with pytest.warns(UserWarning, match=r"do not run on cuda:7 .*triton.*slower torch path"):
         assert fused(torch.device("cuda", 7)) is None
+
+
+@pytest.mark.parametrize("kernel", ["outer", "fourier"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_any_kernel_that_fails_falls_back_aloud(
+    kernel: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One kernel that fails in one type is found by the trial, not in the midst of a run: a
+    warning says why and torch serves. Kernels that all run serve.
+    """
+
+    def served(broken: bool) -> Fused | None:
+        for name in ("outer", "fourier"):
+
+            def run(_: Any, left: torch.Tensor, *rest: Any, name: str = name) -> None:
+                if broken and name == kernel and left.dtype == dtype:
+                    raise RuntimeError("out of resource: shared memory")
+
+            module = SimpleNamespace(**{f"fused_{name}": run})
+            monkeypatch.setitem(sys.modules, f"sdi.sketch.triton_{name}", module)
+        return _tried.__wrapped__(torch.device("cpu"))
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    assert served(broken=False) is not None
+    with pytest.warns(UserWarning, match=r"do not run on cpu \(RuntimeError: out of resource"):
+        assert served(broken=True) is None
 
 
 def test_an_old_gpu_keeps_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:

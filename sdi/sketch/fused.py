@@ -29,6 +29,17 @@ def fused(device: torch.device) -> Fused | None:
     return _tried(device) if device.type == "cuda" else None
 
 
+def attempt(kernels: Fused, device: torch.device) -> None:
+    """Launch each kernel with factors of both types; whatever keeps one from running is raised."""
+    plan = Hashing(32, 0, "").plan("trial", (16, 16), device)
+    assert isinstance(plan, MatrixPlan)
+    for dtype in (torch.bfloat16, torch.float32):
+        ones = torch.ones(1, 16, 16, dtype=dtype, device=device)
+        kernels.outer(plan, ones, ones, torch.zeros(1, plan.dim, device=device))
+        spectrum = torch.zeros(1, plan.dim // 2 + 1, dtype=torch.complex64, device=device)
+        kernels.fourier(plan, ones, ones, spectrum)
+
+
 @cache
 def _tried(device: torch.device) -> Fused | None:
     if torch.cuda.get_device_capability(device) < (8, 0):
@@ -38,10 +49,7 @@ def _tried(device: torch.device) -> Fused | None:
         from sdi.sketch.triton_outer import fused_outer
 
         kernels = Fused(fused_outer, fused_fourier)
-        plan = Hashing(32, 0, "").plan("trial", (16, 16), device)
-        assert isinstance(plan, MatrixPlan)
-        ones = torch.ones(1, 16, 16, dtype=torch.bfloat16, device=device)
-        kernels.outer(plan, ones, ones, torch.zeros(1, 32, device=device))
+        attempt(kernels, device)
         torch.cuda.synchronize(device)
     except Exception as error:  # whatever keeps a compiler from working
         warnings.warn(

@@ -46,7 +46,6 @@ def _place(
     tokens: tl.tensor,
     dim: tl.tensor,
     blocks: tl.tensor,
-    scale: tl.tensor,
     values_token: tl.tensor,
     TOKENS: tl.constexpr,
     BUCKETS: tl.constexpr,
@@ -61,7 +60,7 @@ def _place(
         value = tl.load(values + token * values_token + entry[None, :], there, 0.0)
         total += value.to(tl.float32) * signs
     target = out + token * dim + k[None, :]
-    tl.store(target, total * scale, (token < tokens) & (k < dim)[None, :])
+    tl.store(target, total, (token < tokens) & (k < dim)[None, :])
 
 
 @triton.jit(do_not_specialize=["tokens", "size"])  # type: ignore[untyped-decorator]
@@ -100,17 +99,15 @@ def fused_fourier(
     right: Tensor,
     out: Tensor,
     *,
-    scale: float = 1.0,
     limit: int = 64 << 20,
 ) -> None:
-    """Add `scale` times the spectrum of the sketch of Σ_n left ⊗ right into `out`.
+    """Add the spectrum of the sketch of Σ_n left ⊗ right into `out`.
 
     Args:
         plan: hashes of the (R, C) matrix, on the device of the factors.
         left: (B, n, R) float32, bf16 or half.
         right: (B, n, C), likewise; the two types may differ.
         out: (B, M // 2 + 1) complex64, added to in place; any stride between rows, none within.
-        scale: multiplied in float32.
         limit: most bytes that the placed factors and their spectra may take.
     """
     assert out.dtype == torch.complex64 and out.stride(1) == 1, (out.dtype, out.stride())
@@ -124,13 +121,13 @@ def fused_fourier(
             for begin in range(0, tokens, length):
                 part = slice(first, first + rows), slice(begin, begin + length)
                 spectra = (
-                    _spectrum(left[part], sources.rows, plan.row_sign, scale),
-                    _spectrum(right[part], sources.columns, plan.column_sign, 1.0),
+                    _spectrum(left[part], sources.rows, plan.row_sign),
+                    _spectrum(right[part], sources.columns, plan.column_sign),
                 )
                 _add_product(*spectra, out[part[0]])
 
 
-def _spectrum(values: Tensor, source: Tensor, sign: Tensor, scale: float) -> Tensor:
+def _spectrum(values: Tensor, source: Tensor, sign: Tensor) -> Tensor:
     """(B, n, M // 2 + 1) complex64: the transform of the CountSketch of (B, n, D)."""
     blocks, dim = source.shape
     flat = values.reshape(-1, values.shape[2])
@@ -138,7 +135,7 @@ def _spectrum(values: Tensor, source: Tensor, sign: Tensor, scale: float) -> Ten
     placed = torch.empty(flat.shape[0], dim, device=values.device)
     grid = (triton.cdiv(len(flat), PLACED["TOKENS"]), triton.cdiv(dim, PLACED["BUCKETS"]))
     _place[grid](
-        *(flat, source, sign, placed, len(flat), dim, blocks, float(scale), flat.stride(0)),
+        *(flat, source, sign, placed, len(flat), dim, blocks, flat.stride(0)),
         **PLACED,
         enable_fp_fusion=True,
     )

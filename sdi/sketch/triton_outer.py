@@ -79,6 +79,75 @@ class _Columns:
 _packed: WeakIdKeyDictionary = WeakIdKeyDictionary()  # plan → {tile: _Columns}, while it lives
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def _product(
+    left: tl.tensor,
+    right: tl.tensor,
+    r: tl.tensor,
+    c: tl.tensor,
+    tokens: tl.tensor,
+    rows: tl.tensor,
+    columns: tl.tensor,
+    left_token: tl.tensor,
+    left_row: tl.tensor,
+    right_token: tl.tensor,
+    right_column: tl.tensor,
+    TOKENS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+) -> tl.tensor:
+    """Rows r and columns c of one example's δᵀa, (COLUMNS, ROWS) float32."""
+    total = tl.zeros((c.shape[0], r.shape[0]), tl.float32)
+    # Places in 64 bits: a batch of long examples has more entries than 32 count.
+    row, column = r.to(tl.int64)[None, :], c.to(tl.int64)[None, :]
+    for begin in range(0, tokens, TOKENS):
+        n = (begin + tl.arange(0, TOKENS)).to(tl.int64)[:, None]
+        there = n < tokens
+        delta = tl.load(left + n * left_token + row * left_row, there & (row < rows), 0.0)
+        a = tl.load(
+            right + n * right_token + column * right_column, there & (column < columns), 0.0
+        )
+        if WIDEN:  # the interpreter multiplies the bits of bf16 as integers
+            delta, a = delta.to(tl.float32), a.to(tl.float32)
+        total = tl.dot(tl.trans(a), delta, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _add_groups(
+    out: tl.tensor,
+    total: tl.tensor,
+    bucket: tl.tensor,
+    first: tl.tensor,
+    height: tl.tensor,
+    dim: tl.tensor,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    GROUP: tl.constexpr,
+) -> None:
+    """Add a tile's columns up by groups, then to `out`; `height` of its rows count."""
+    k = tl.arange(0, ROWS)[None, :]
+    grouped = tl.reshape(bucket, (COLUMNS // GROUP, GROUP))
+    base = tl.min(grouped, axis=1)
+    away = tl.where(grouped == _FAR, 0, grouped - base[:, None])
+    span = tl.max(away, axis=1)[:, None]  # at most ROWS, see `_pack`
+    shift = tl.reshape(away, (COLUMNS,))[:, None]
+    # Gathered along one long axis: along the tile's own, triton 3.9 shuffles between lanes,
+    # six times an entry.
+    source = tl.arange(0, COLUMNS)[:, None] * ROWS + ((k - shift) & (ROWS - 1))
+    size: tl.constexpr = COLUMNS * ROWS
+    turned = tl.gather(tl.reshape(total, (size,)), tl.reshape(source, (size,)), axis=0)
+    turned = tl.reshape(turned, (COLUMNS, ROWS))
+    low = tl.where(k >= shift, turned, 0.0)
+    high = tl.where(k < shift, turned, 0.0)
+    low = tl.sum(tl.reshape(low, (COLUMNS // GROUP, GROUP, ROWS)), axis=1)
+    high = tl.sum(tl.reshape(high, (COLUMNS // GROUP, GROUP, ROWS)), axis=1)
+    there = (base != _FAR)[:, None]
+    place = tl.where(there, base[:, None], 0) + first + k
+    tl.atomic_add(out + place % dim, low, there & (k < span + height), sem="relaxed")
+    tl.atomic_add(out + (place + ROWS) % dim, high, there & (k < span), sem="relaxed")
+
+
 # Lengths vary from batch to batch: they must not make a program each.
 @triton.jit(do_not_specialize=["tokens", "dim"])  # type: ignore[untyped-decorator]
 def _outer(
@@ -93,7 +162,6 @@ def _outer(
     rows: tl.tensor,
     columns: tl.tensor,
     dim: tl.tensor,
-    scale: tl.tensor,
     left_example: tl.tensor,
     left_token: tl.tensor,
     left_row: tl.tensor,
@@ -112,58 +180,27 @@ def _outer(
     tiles = tl.cdiv(rows, ROWS) * column_tiles
     example = (tl.program_id(0) // tiles).to(tl.int64)
     tile = tl.program_id(0) % tiles
-    r = (tile // column_tiles) * ROWS + tl.arange(0, ROWS)
+    before = (tile // column_tiles) * ROWS
+    r = before + tl.arange(0, ROWS)
     c = (tile % column_tiles) * COLUMNS + tl.arange(0, COLUMNS)
     left += example * left_example
     right += example * right_example
     out += example * out_example
-
-    total = tl.zeros((COLUMNS, ROWS), tl.float32)
-    for begin in range(0, tokens, TOKENS):
-        n = (begin + tl.arange(0, TOKENS))[:, None]
-        there = n < tokens
-        delta = tl.load(
-            left + n * left_token + r[None, :] * left_row, there & (r[None, :] < rows), 0.0
-        )
-        a = tl.load(
-            right + n * right_token + c[None, :] * right_column,
-            there & (c[None, :] < columns),
-            0.0,
-        )
-        if WIDEN:  # the interpreter multiplies the bits of bf16 as integers
-            delta, a = delta.to(tl.float32), a.to(tl.float32)
-        total = tl.dot(tl.trans(a), delta, total, input_precision=PRECISION)
-
-    signs = tl.load(row_sign + r, r < rows, 0.0)[None, :] * scale
-    total *= signs * tl.load(column_sign + c, c < columns, 0.0)[:, None]
-    before = (tile // column_tiles) * ROWS
+    total = _product(
+        *(left, right, r, c, tokens, rows, columns),
+        *(left_token, left_row, right_token, right_column),
+        *(TOKENS, PRECISION, WIDEN),
+    )
+    total *= tl.load(row_sign + r, r < rows, 0.0)[None, :]
+    total *= tl.load(column_sign + c, c < columns, 0.0)[:, None]
     first = tl.load(row_bucket).to(tl.int32) + before
     bucket = tl.load(column_bucket + c, c < columns, _FAR)
-    k = tl.arange(0, ROWS)[None, :]
     if GROUP == 1:
         there = (c < columns)[:, None] & (r < rows)[None, :]
-        place = (bucket[:, None] + (first + k)) % dim
+        place = (bucket[:, None] + (first + tl.arange(0, ROWS))[None, :]) % dim
         tl.atomic_add(out + place, total, there, sem="relaxed")
     else:
-        grouped = tl.reshape(bucket, (COLUMNS // GROUP, GROUP))
-        base = tl.min(grouped, axis=1)
-        away = tl.where(grouped == _FAR, 0, grouped - base[:, None])
-        span = tl.max(away, axis=1)[:, None]  # at most ROWS, see `_pack`
-        shift = tl.reshape(away, (COLUMNS,))[:, None]
-        # Gathered along one long axis: along the tile's own, triton 3.9 shuffles between lanes,
-        # six times an entry.
-        source = tl.arange(0, COLUMNS)[:, None] * ROWS + ((k - shift) & (ROWS - 1))
-        size: tl.constexpr = COLUMNS * ROWS
-        turned = tl.gather(tl.reshape(total, (size,)), tl.reshape(source, (size,)), axis=0)
-        turned = tl.reshape(turned, (COLUMNS, ROWS))
-        low = tl.where(k >= shift, turned, 0.0)
-        high = tl.where(k < shift, turned, 0.0)
-        low = tl.sum(tl.reshape(low, (COLUMNS // GROUP, GROUP, ROWS)), axis=1)
-        high = tl.sum(tl.reshape(high, (COLUMNS // GROUP, GROUP, ROWS)), axis=1)
-        there = (base != _FAR)[:, None]
-        place = tl.where(there, base[:, None], 0) + first + k
-        tl.atomic_add(out + place % dim, low, there & (k < span + rows - before), sem="relaxed")
-        tl.atomic_add(out + (place + ROWS) % dim, high, there & (k < span), sem="relaxed")
+        _add_groups(out, total, bucket, first, rows - before, dim, ROWS, COLUMNS, GROUP)
 
 
 def fused_outer(
@@ -172,18 +209,16 @@ def fused_outer(
     right: Tensor,
     out: Tensor,
     *,
-    scale: float = 1.0,
     limit: int = 64 << 20,
     tile: Tile | None = None,
 ) -> None:
-    """Add `scale` times the sketch of Σ_n left ⊗ right into `out`.
+    """Add the sketch of Σ_n left ⊗ right into `out`.
 
     Args:
         plan: hashes of the (R, C) matrix, on the device of the factors.
         left: (B, n, R) float32, bf16 or half; any strides.
         right: (B, n, C), likewise; where the two types differ, both become float32.
         out: (B, M) float32, added to in place; any stride between rows, none within.
-        scale: multiplied in float32, after the product.
         limit: most bytes that the reordered copy of a chunk of `right` may take.
         tile: how to cut; by the type of the factors when None.
 
@@ -204,7 +239,7 @@ def fused_outer(
             ordered = right[part]
             if columns.order is not None:
                 ordered = ordered.index_select(2, columns.order)
-            _launch(plan, columns, left[part], ordered, out[part], scale, tile)
+            _launch(plan, columns, left[part], ordered, out[part], tile)
 
 
 def _launch(
@@ -213,7 +248,6 @@ def _launch(
     left: Tensor,
     right: Tensor,
     out: Tensor,
-    scale: float,
     tile: Tile,
 ) -> None:
     """One launch for each block of M rows: within one, rows have consecutive buckets."""
@@ -229,7 +263,7 @@ def _launch(
             columns.bucket,
             columns.sign,
             out,
-            *(block.shape[1], block.shape[2], right.shape[2], plan.dim, float(scale)),
+            *(block.shape[1], block.shape[2], right.shape[2], plan.dim),
             *(*block.stride(), *right.stride(), out.stride(0)),
             ROWS=tile.rows,
             COLUMNS=tile.columns,

@@ -1,0 +1,93 @@
+"""The best rows of single queries: what cannot be ranked, what is empty, and how much at once."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from polars.testing import assert_frame_equal
+
+from curate import pairscores, product
+from curate.blocks import Block, SketchRows
+from curate.errors import CurateError
+from curate.queryvectors import Groups, QueryVectors
+from curate.scores import Scoring, score_run
+from curate.scoresettings import ScoreSettings, chosen_weights
+from curate.survey import Found, Ranking, survey
+from tests.sketchedrun import Made, make
+
+QUERIES = 7
+
+
+def scoring(made: Made, top_k: int = 3) -> Scoring:
+    """Scores of the generated run, about to be made."""
+    settings = ScoreSettings(weights=chosen_weights(made.run.manifest, {}))
+    return Scoring(made.run, "test", "test", settings, {"top_k": top_k, "top_by": "total"}, "cpu")
+
+
+def surveyed(own: Scoring, vectors: list[QueryVectors], keep: int = 3) -> Found:
+    return survey(own.product, vectors, own.side.masks, Ranking("total"), keep, first=100)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("tied", [True, False])
+def test_rows_without_a_score_are_named(tmp_path: Path, tied: bool, bad: float) -> None:
+    """A training sketch that is not finite ends the scoring with the rows and what to do."""
+    made = make(tmp_path / "run", tied=tied)
+    kind = "totals" if tied else "steps"
+    path = made.run.sketches_directory("train", "b") / f"{kind}-00001.scale.npy"
+    scale = np.load(path)
+    scale[[3, 9]] = bad
+    np.save(path, scale)
+    own = scoring(made)
+    with pytest.raises(CurateError, match=r"training rows 19, 25: .*curate doctor RUN"):
+        surveyed(own, own.vectors(Groups.single(0, QUERIES)))
+
+
+def test_queries_without_a_score_are_named(tmp_path: Path) -> None:
+    """A query whose vectors are not finite is named itself, not every training row."""
+    own = scoring(make(tmp_path / "run"))
+    vectors = own.vectors(Groups.single(0, QUERIES))
+    values = vectors[1].values.copy()
+    values[0, 4, 1, 7] = np.nan
+    with pytest.raises(CurateError, match=r"query rows 104: their scores are NaN"):
+        surveyed(own, [vectors[0], replace(vectors[1], values=values)])
+
+
+def test_no_rows_are_an_empty_table(tmp_path: Path) -> None:
+    """Where no row is kept, the table of the best rows is empty and has its columns."""
+    own = scoring(make(tmp_path / "run"), top_k=0)
+    assert surveyed(own, own.vectors(Groups.single(0, QUERIES)), 0).rows.shape == (QUERIES, 0)
+    empty = pairscores._tops(own, (0, QUERIES), (4,))
+    assert empty.height == 0
+    assert {"query_row", "row", "rank", "s01", "total", "contrast_se"} <= set(empty.columns)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_best_rows_are_read_by_blocks(
+    tmp_path: Path, tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many rows are kept, no more are read at once than a block may have, and the table is
+    the same.
+    """
+    once, often = (make(tmp_path / name / "run", tied=tied).run for name in "ab")
+    taken: list[int] = []
+    take = SketchRows.take
+
+    def counted(self: SketchRows, rows: Any, slots: Any = None) -> Block:
+        taken.append(len(rows))
+        return take(self, rows, slots)
+
+    monkeypatch.setattr(SketchRows, "take", counted)
+    score_run(once, "test", top_k=20)
+    assert max(taken) == 20
+    taken.clear()
+    monkeypatch.setattr(product, "_MOST", 6)
+    monkeypatch.setattr(product, "_LEAST", 1)
+    score_run(often, "test", top_k=20)
+    assert max(taken) == 6
+    expected, found = (run.tops("test").collect() for run in (once, often))
+    assert_frame_equal(found, expected, rel_tol=1e-6, abs_tol=1e-7)
