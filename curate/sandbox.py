@@ -35,7 +35,8 @@ class NoPandas:
             raise ModuleNotFoundError("pandas is not used in the sandbox", name=name)
 
 
-sys.meta_path.insert(0, NoPandas)
+if __name__ == "__main__":  # a process that only reads this file keeps its pandas
+    sys.meta_path.insert(0, NoPandas)
 
 import duckdb  # noqa: E402
 import pyarrow as pa  # noqa: E402

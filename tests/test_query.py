@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import polars as pl
@@ -122,19 +120,12 @@ def test_refuses_whatever_is_not_reading_its_tables(
     assert [path.name for path in tmp_path.iterdir()] == ["secret.csv"]
 
 
-def imported_sandbox() -> ModuleType:
-    """The sandbox's module, without the guard that keeps its own process from importing pandas."""
-    from curate import sandbox
-
-    sys.meta_path[:] = [finder for finder in sys.meta_path if finder is not sandbox.NoPandas]
-    return sandbox
-
-
 def admit(statement: str) -> None:
     """Check a statement in this process as the sandbox does, then run it if it passes."""
     import duckdb
 
-    sandbox = imported_sandbox()
+    from curate import sandbox
+
     connection = duckdb.connect(":memory:")
     connection.register("t", FRAME.to_arrow())
     sandbox.lock(connection, {"spill": "", "threads": 1, "memory": 1 << 27, "timeout": 5})
@@ -155,7 +146,8 @@ def test_locked_connection_holds_without_the_tree_check(statement: str, tmp_path
     """
     import duckdb
 
-    sandbox = imported_sandbox()
+    from curate import sandbox
+
     connection = duckdb.connect(":memory:")
     connection.register("t", FRAME.to_arrow())
     sandbox.lock(connection, {"spill": "", "threads": 1, "memory": 1 << 27, "timeout": 5})
