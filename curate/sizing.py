@@ -150,7 +150,9 @@ class Sizing:
         if fixed is not None and self._plenty(DEFAULT):
             return DEFAULT, {"why": fixed}
         found = self._if_passed(
-            lambda: find(self._pass, self.rows, self._measured(), self.device, fixed=fixed)
+            lambda: find(
+                self._pass, self.rows, self._measured(), self.device, self.held, fixed=fixed
+            )
         )
         if found is None:
             return DEFAULT, {"why": "the longest rows cannot be passed"}
@@ -167,8 +169,8 @@ class Sizing:
     def _measured(self) -> Need:
         """What rows take.
 
-        On a CPU the buffers have room for one row meanwhile, which is as much as one and two rows
-        need. So they are in the base, and what they may grow to is added. On a GPU that would cost
+        On a CPU the buffers have room for one row meanwhile, however many there are. So they are
+        in the base, and what they may grow to is added. On a GPU that would cost
         launches without number, and they are little beside its memory.
         """
         if self.device.type != "cpu":

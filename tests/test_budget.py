@@ -81,7 +81,7 @@ def test_no_batch_of_a_plan_needs_more_than_the_worst(
 
 @pytest.mark.parametrize("square", [0, 2])
 def test_what_a_batch_takes_is_foretold(square: int) -> None:
-    """From passes of two rows at most, what sixteen take is known; between lengths, no less."""
+    """From passes of some rows, what sixteen take is known; between lengths, no less."""
     need = measure(Taking(square), rows(), CPU, HELD)
 
     def takes(count: int, length: int) -> float:
@@ -217,14 +217,15 @@ def test_the_smallest_that_is_as_fast_is_taken(monkeypatch: pytest.MonkeyPatch) 
     assert list(found.rates) == [512, 1024, 2048, 4096, 8192]
 
 
-def test_memory_ends_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No batch is tried that would take more than half of what is free."""
-    _free(monkeypatch, 2 * 6 * 512)
+@pytest.mark.parametrize("each", [40, 1])
+def test_memory_ends_the_search(monkeypatch: pytest.MonkeyPatch, each: int) -> None:
+    """No batch takes more than half of what is free, even where much less was foretold."""
+    _free(monkeypatch, 2 * 5 * 40 * 512)
     _clocked(monkeypatch, lambda _: 1e-3)
     work = Taking()
-    found = find(work, rows(), Need("", 0, (40, 512), (40, 512)), CPU)
+    found = find(work, rows(), Need("", 0, (40, 512), (40 * each, 512 * each)), CPU)
     assert found.tokens == 4 * 512
-    assert max(count for count, _ in work.seen) == 4
+    assert work.seen.count((8, 512)) == (each == 1)  # stopped by its count, and not timed
 
 
 def test_time_ends_the_search(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,7 +94,7 @@ def test_a_budget_is_found_and_kept(run: RunDirectory, monkeypatch: pytest.Monke
 def test_what_is_foretold_is_what_a_batch_takes(
     run: RunDirectory, method: str, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One and two rows tell what 64 take in a real pass, whether their buffers are full or not."""
+    """A few rows tell what 64 take in a real pass, whether their buffers are full or not."""
     sketch(run)
     monkeypatch.setattr(sizing, "LIMIT", limit)
     model = Looped(width=256)
@@ -106,11 +106,12 @@ def test_what_is_foretold_is_what_a_batch_takes(
     rows = sizing.rows_of({"train": run.example_set("train")}, 17, 2)
     what = sizing.Sizing(run, made, rows, CPU, model)
     need = what._measured()
+    what._pass(rows.batch(1, rows.lengths[0]))  # makes the hashes
     for length in (rows.lengths[-1], rows.lengths[0]):
         for count in (1, 2, 64):
             batch = rows.batch(count, length)
             taken = peak_of(lambda batch=batch: what._pass(batch), CPU, what.held)  # type: ignore[misc]
-            assert 0.99 * taken <= need.of(count, length) <= 1.1 * taken + need.buffers
+            assert 0.9 * taken <= need.of(count, length) <= 1.1 * taken + need.buffers
 
 
 class _Counted(sdi.Sketcher):
