@@ -43,9 +43,16 @@ def seeded(row: int) -> Iterator[None]:
 
 def sketched(sketch: Sketch, batch: Batch, device: torch.device) -> sdi.Part:
     """One batch; an index outside an embedding gets a line that says what to look at."""
+    return drawn(sketch, batch, device)[0]
+
+
+def drawn(sketch: Sketch, batch: Batch, device: torch.device) -> tuple[sdi.Part, bool]:
+    """As `sketched`, and whether the pass drew random numbers: then it depends on the batches."""
     try:
         with seeded(int(batch.rows[0])):
-            return sketch(moved(batch, device), batch.ids)
+            before = _state(device)
+            part = sketch(moved(batch, device), batch.ids)
+            return part, not torch.equal(before, _state(device))
     except IndexError as error:
         ids = batch.tensors["input_ids"]
         raise CurateError(
@@ -56,13 +63,5 @@ def sketched(sketch: Sketch, batch: Batch, device: torch.device) -> sdi.Part:
         ) from error
 
 
-def draws(sketch: Sketch, batch: Batch, device: torch.device) -> bool:
-    """Whether a pass draws torch's random numbers: its sketches then depend on the batches."""
-
-    def state() -> Tensor:
-        return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-    with seeded(int(batch.rows[0])):
-        before = state()
-        sketch(moved(batch, device), batch.ids)
-        return not torch.equal(before, state())
+def _state(device: torch.device) -> Tensor:
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()

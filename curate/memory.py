@@ -97,13 +97,22 @@ def _counted(path: Path, name: str) -> int:
     return next((int(value) for key, value in pairs if key == name), 0)
 
 
-def peak_of(work: Callable[[], Any], device: torch.device, held: Iterable[Tensor] = ()) -> int:
+def peak_of(
+    work: Callable[[], Any],
+    device: torch.device,
+    held: Iterable[Tensor] = (),
+    most: int | None = None,
+) -> int:
     """Bytes that `work` takes at its peak, over what is held before it.
 
     Args:
         work: runs on `device`; what it returns lives to the end of it.
         device: a GPU is asked; anywhere else tensors are counted.
         held: tensors that are there before, and are not to be counted (the model's).
+        most: bytes at which the count stops the work; a GPU's allocator does so by itself.
+
+    Raises:
+        MemoryError: the tensors alone, without `CPU_SPILL`, have passed `most`.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -112,7 +121,7 @@ def peak_of(work: Callable[[], Any], device: torch.device, held: Iterable[Tensor
         work()
         torch.cuda.synchronize(device)
         return int(torch.cuda.max_memory_allocated(device) - before)
-    with _Weighing(held) as weighing:
+    with _Weighing(held, most) as weighing:
         work()
     return int(weighing.peak * CPU_SPILL)
 
@@ -120,9 +129,9 @@ def peak_of(work: Callable[[], Any], device: torch.device, held: Iterable[Tensor
 class _Weighing(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up the storages that are alive, from the call that makes one to its end."""
 
-    def __init__(self, held: Iterable[Tensor]) -> None:
+    def __init__(self, held: Iterable[Tensor], most: int | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now, self.peak = 0, 0
+        self.now, self.peak, self._most = 0, 0, most
         self._alive: dict[int, tuple[int, Any]] = {}
         for tensor in held:
             for storage in _storages(tensor):
@@ -134,6 +143,8 @@ class _Weighing(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for storage in _storages(tensor) if isinstance(tensor, Tensor) else ():
                 self._see(storage, storage.nbytes())
         self.peak = max(self.peak, self.now)
+        if self._most is not None and self.now > self._most:
+            raise MemoryError(f"it takes more than the {sized(self._most)} that are free")
         return output
 
     def _see(self, storage: torch.UntypedStorage, size: int) -> None:

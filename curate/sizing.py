@@ -9,10 +9,10 @@ is begun again, so that no shard is made of two plans.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,30 +20,35 @@ from torch import Tensor
 
 import sdi
 from curate.batches import Batch
-from curate.batchpass import Sketch, draws, moved, seeded
+from curate.batchpass import Sketch, moved, seeded
 from curate.budget import (
     DEFAULT,
-    Found,
     Need,
     Rows,
+    at_most,
     find,
     largest,
     measure,
-    refuse_too_large,
     release,
+    too_long,
+    try_asked,
     where,
 )
 from curate.errors import CurateError
 from curate.examples import ExampleSet
-from curate.memory import available, sized
+from curate.memory import CPU_SPILL, available, ran_out, sized
 from curate.rundir import RunDirectory
-from sdi.errors import LossError
+from sdi.sketch.kernels import has_numba
 
 #: Where the manifest's details say what the budget was decided by.
 DETAILS = "batch"
+#: A run is small where its tokens are so many of its longest row: it takes the default, untimed.
+SMALL = 100
+#: What a sketcher's buffers may take (`limit` of `sdi.Sketcher`).
+LIMIT = 64 << 20
 _PROBED_ROWS = 64
-# Errors of some row of the data: the run names it when it comes to it, and keeps what is before.
-_OF_ROWS = (LossError, IndexError)
+
+Made = TypeVar("Made")
 
 
 def rows_of(sets: Mapping[str, ExampleSet], most: int, checkpoints: int) -> Rows:
@@ -59,44 +64,51 @@ def rows_of(sets: Mapping[str, ExampleSet], most: int, checkpoints: int) -> Rows
     longest = np.argsort(-lengths[name], kind="stable")[:_PROBED_ROWS]
     tokens = [sets[name].tokens(int(row)) for row in longest]
     together = np.concatenate(list(lengths.values()))
+    least = min(lengths, key=lambda one: int(lengths[one].min()))
+    shortest = sets[least].tokens(int(np.argmin(lengths[least])))
     different = [int(n) for n in np.unique(np.maximum(together, 1))]
     most = min(most, max(len(values) for values in lengths.values()))
-    return Rows(tokens, different, most, checkpoints * int(together.sum()), sets[name].pad_id)
+    total = checkpoints * int(together.sum())
+    return Rows(tokens, different, most, total, sets[name].pad_id, shortest)
 
 
 @dataclass(frozen=True)
 class Sizing:
-    """What a budget is decided with: the run, its sketcher and rows, device and model."""
+    """What a budget is decided with: the run, what makes a sketcher, rows, device and model."""
 
     run: RunDirectory
-    sketch: Sketch
+    made: Callable[..., Sketch]
     rows: Rows
     device: torch.device
     model: torch.nn.Module
+
+    @cached_property
+    def sketch(self) -> Sketch:
+        """The sketcher of the run."""
+        return self.made()
 
     @property
     def held(self) -> list[Tensor]:
         """The model's own tensors."""
         return [*self.model.parameters(), *self.model.buffers()]
 
-    def begin(self, asked: int | None) -> int:
-        """The budget of a run that has no shard yet: `asked`, if it fits, or one that is found.
+    def begin(self, asked: int | None, *, drew: bool = False) -> int:
+        """The budget of a run that has no shard yet: `asked`, or one that is found.
+
+        A budget that was asked for is refused only where its largest batch ran out of memory when
+        it was tried; that is not tried where memory is plenty.
+
+        Args:
+            asked: the recipe's.
+            drew: whether the model draws random numbers.
 
         Raises CurateError where the longest row, or what was asked for, does not fit.
         """
-        need = self._measured()
-        if asked is not None:
-            if need is not None:
-                refuse_too_large(need, self.rows, asked, self.device)
-            found = {"why": "asked for", "need": asdict(need) if need is not None else None}
-            _note(self.run, asked, found)
-            return asked
-        chosen = self._found(need) if need is not None else None
-        if chosen is None:
-            _note(self.run, DEFAULT, {"why": "the longest rows cannot be passed"})
-            return DEFAULT
-        _note(self.run, chosen.tokens, chosen.as_dict())
-        return chosen.tokens
+        budget, found = self._found(drew) if asked is None else (asked, {"why": "asked for"})
+        if asked is not None and not self._plenty(asked):
+            self._if_passed(lambda: try_asked(self._pass, self.rows, asked, self.device, self.held))
+        _note(self.run, budget, found)
+        return budget
 
     def keep(self, budget: int) -> int:
         """The budget of a run that has shards: the same, or less where less memory is free.
@@ -104,11 +116,13 @@ class Sizing:
         Raises CurateError where not even one of the longest rows fits.
         """
         need = self._known()
-        if need is None and (need := self._measured()) is not None:
+        if need is None:
+            if self._plenty(budget) or (need := self._if_passed(self._measured)) is None:
+                return budget
             noted = self.run.manifest.details.get(DETAILS, {})
             _note(self.run, budget, {**noted, "need": asdict(need)})
         free = available(self.device)
-        if need is None or free is None or self._takes(need, budget) <= free:
+        if free is None or self._takes(need, budget) <= free:
             return budget
         lower = min(budget, largest(need, self.rows, free))
         takes = self._takes(need, lower)
@@ -122,23 +136,63 @@ class Sizing:
             lower_budget(self.run, budget, lower, f"{sized(free)} of memory is free")
         return lower
 
-    def _pass(self, batch: Batch) -> sdi.Part:
+    def _pass(self, batch: Batch, sketch: Sketch | None = None) -> sdi.Part:
         with seeded(int(batch.rows[0])):
-            return self.sketch(moved(batch, self.device), batch.ids)
+            return (sketch or self.sketch)(moved(batch, self.device), batch.ids)
 
     def _takes(self, need: Need, budget: int) -> int:
         return need.worst(self.rows.lengths, budget, self.rows.most)
 
-    def _found(self, need: Need) -> Found | None:
-        probe = self.rows.batch(1, self.rows.lengths[0])
-        timed = not draws(self.sketch, probe, self.device)
-        with suppress(*_OF_ROWS):
-            return find(self._pass, self.rows, need, self.device, timed=timed)
-        return None
+    def _found(self, drew: bool) -> tuple[int, dict[str, Any]]:
+        """A budget for the first shard and every other, and what it was decided by."""
+        small = self.rows.tokens < SMALL * self.rows.lengths[-1]
+        fixed = "the model draws random numbers" if drew else "the run is small" if small else None
+        if fixed is not None and self._plenty(DEFAULT):
+            return DEFAULT, {"why": fixed}
+        found = self._if_passed(
+            lambda: find(
+                self._pass, self.rows, self._measured(), self.device, self.held, fixed=fixed
+            )
+        )
+        if found is None:
+            return DEFAULT, {"why": "the longest rows cannot be passed"}
+        return found.tokens, found.as_dict()
 
-    def _measured(self) -> Need | None:
-        with suppress(*_OF_ROWS):
+    def _plenty(self, budget: int) -> bool:
+        """Whether the batches of a budget fit for certain, by one pass of the shortest row."""
+        free = available(self.device)
+        if free is None:
+            return True
+        need = self._if_passed(lambda: at_most(self._pass, self.rows, self.device, self.held))
+        return need is not None and self._takes(need, budget) <= free
+
+    def _measured(self) -> Need:
+        """What rows take.
+
+        On a CPU the buffers have room for one row meanwhile, however many there are. So they are
+        in the base, and what they may grow to is added. On a GPU that would cost
+        launches without number, and they are little beside its memory.
+        """
+        if self.device.type != "cpu":
             return measure(self._pass, self.rows, self.device, self.held)
+        tight = self.made(limit=1)
+        # Without numba the product has copies in float32, of 4 times its bytes where it is bf16.
+        buffers = int(LIMIT * CPU_SPILL) * (1 if has_numba() else 5)
+        return measure(lambda b: self._pass(b, tight), self.rows, self.device, self.held, buffers)
+
+    def _if_passed(self, work: Callable[[], Made]) -> Made | None:
+        """What `work` gives, or None where a row cannot be passed, whatever the error.
+
+        It is an error of some row of the data, or of the way it is tried here. The run names the
+        row when it comes to it, and keeps what is before. Too little memory is told now.
+        """
+        try:
+            return work()
+        except CurateError:
+            raise
+        except Exception as error:
+            if ran_out(error):
+                raise
         return None
 
     def _known(self) -> Need | None:
@@ -146,7 +200,8 @@ class Sizing:
         noted = self.run.manifest.details.get(DETAILS, {}).get("need")
         if not noted:
             return None
-        need = Need(noted["where"], noted["base"], tuple(noted["lengths"]), tuple(noted["each"]))
+        lengths, each = tuple(noted["lengths"]), tuple(noted["each"])
+        need = Need(noted["where"], noted["base"], lengths, each, noted.get("buffers", 0))
         same = need.where == where(self.device, self.held[0].dtype)
         return need if same and need.lengths[-1] >= self.rows.lengths[-1] else None
 
@@ -170,11 +225,7 @@ def halve(run: RunDirectory, tried: tuple[int, int], device: torch.device, seen:
     """
     release(device)
     if tried[0] < 2:
-        raise CurateError(
-            f"memory ran out on {device} with one row of {tried[1]} tokens in the batch ({seen}). "
-            f"Free memory, cut rows with max_tokens, run the model with gradient checkpointing or "
-            f"take a smaller sketch.dim; what is sketched stays"
-        )
+        raise too_long(tried[1], device, seen)
     before = run.manifest.batch_budget or DEFAULT
     lower_budget(run, before, max(1, before // 2), f"memory ran out on {device} ({seen})")
 

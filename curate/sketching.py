@@ -21,7 +21,8 @@ from torch import Tensor, nn
 import sdi
 from curate import shardplan, sizing
 from curate.batches import Batch, batches, plan
-from curate.batchpass import device_named, moved, seeded, sketched
+from curate.batchpass import device_named, drawn, moved, seeded, sketched
+from curate.budget import first_line, one_row
 from curate.coverage import recorded
 from curate.errors import CurateError, UsageError
 from curate.examples import ExampleSet
@@ -233,18 +234,16 @@ class _Session:
     def _fix_plan(
         self, body: sdi.Loop, checkpoints: Sequence[Checkpoint], sets: Mapping[str, ExampleSet]
     ) -> None:
-        """Record what batches and shards depend on, before the first shard and never after it.
-
-        The shortest row tells the depth.
-        """
+        """Record what batches and shards depend on, before the first shard; a short row tells."""
         load_weights(body.model, checkpoints[0].path, base=self.base)
         first = next(examples for examples in sets.values() if len(examples))
         shortest = int(np.argmin(first.lengths))
         batch = next(batches(first, budget_tokens=1, rows=[shortest]))
-        part = sketched(self._sketcher(body, checkpoints[0]), batch, self.device)
+        with one_row(batch.shape[1], self.device):
+            part, drew = drawn(self._sketcher(body, checkpoints[0]), batch, self.device)
         most = shardplan.shard_rows(len(part.steps), self.options.dim)
         self.run.note(shard_rows=min(most, self.options.shard_rows))
-        self._sizing(body, checkpoints, sets).begin(self.options.budget_tokens)
+        self._sizing(body, checkpoints, sets).begin(self.options.budget_tokens, drew=drew)
 
     @property
     def device(self) -> torch.device:
@@ -255,9 +254,9 @@ class _Session:
         self, body: sdi.Loop, checkpoints: Sequence[Checkpoint], sets: Mapping[str, ExampleSet]
     ) -> sizing.Sizing:
         """What the budget is decided with; batches are tried with the first checkpoint."""
-        sketcher = self._sketcher(body, checkpoints[0])
+        made = partial(self._sketcher, body, checkpoints[0])
         rows = sizing.rows_of(sets, self.run.manifest.shard_rows or 1, len(checkpoints))
-        return sizing.Sizing(self.run, sketcher, rows, self.device, body.model)
+        return sizing.Sizing(self.run, made, rows, self.device, body.model)
 
     def _tasks(self, checkpoint: str, sets: Mapping[str, ExampleSet]) -> list[ShardTask]:
         manifest = self.run.manifest
@@ -308,7 +307,7 @@ class _Session:
             except (RuntimeError, MemoryError) as error:
                 if not ran_out(error):
                     raise
-                seen = str(error).partition("\n")[0]
+                seen = first_line(error)
             # Out here nothing holds the tensors of the frames that failed.
             self.done = done
             sizing.halve(self.run, self.tried, self.device, seen)
@@ -375,13 +374,16 @@ class _Session:
         assert budget is not None
         return budget
 
-    def _sketcher(self, body: sdi.Loop, checkpoint: Checkpoint | None) -> SketcherLike:
+    def _sketcher(
+        self, body: sdi.Loop, checkpoint: Checkpoint | None, limit: int = sizing.LIMIT
+    ) -> SketcherLike:
         """The sketcher of a checkpoint; without one, what its spec is for all of them."""
         options = self.options
         made: SketcherLike = self.instruments.sketcher(
             body,
             checkpoint=checkpoint.name if checkpoint else "",
             **{key: getattr(options, key) for key in ("dim", "seed", "loss", "method", "products")},
+            limit=limit,
             **({"rates": dict(checkpoint.rates)} if checkpoint and checkpoint.rates else {}),
         )
         return made

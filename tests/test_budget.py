@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from curate import budget
 from curate.batches import Batch, plan
-from curate.budget import DEFAULT, Need, Rows, find, largest, measure, refuse_too_large
+from curate.budget import DEFAULT, Need, Rows, at_most, find, largest, measure, try_asked
 from curate.errors import CurateError
 from curate.memory import CPU_SPILL
 
@@ -24,8 +24,9 @@ NEED = Need("cpu float32", 1000, (10, 100), (100, 1000))
 
 def rows(longest: int = 512, shortest: int = 40, most: int = 64, tokens: int = 10**6) -> Rows:
     """Rows of every length between two."""
-    token = np.arange(longest, dtype=np.int32)
-    return Rows([(token, token)], range(shortest, longest + 1), most, tokens)
+    long, short = (np.arange(size, dtype=np.int32) for size in (longest, shortest))
+    lengths = range(shortest, longest + 1)
+    return Rows([(long, long)], lengths, most, tokens, shortest=(short, short))
 
 
 def _free(monkeypatch: pytest.MonkeyPatch, size: int | None) -> None:
@@ -53,6 +54,14 @@ def test_need_grows_with_rows_and_length() -> None:
     assert NEED.of(1, 200) == 1000 + 4 * 1000
 
 
+def test_buffers_are_full_at_some_time() -> None:
+    """Buffers grow by no more than a row, to their limit; with one row they are in the base."""
+    need = Need("cpu float32", 1000, (10,), (100,), buffers=5000)
+    assert need.of(1, 10) == 1100
+    assert need.of(3, 10) == 1300 + 2 * 1100
+    assert need.of(300, 10) == 31_000 + 5000
+
+
 @given(
     st.lists(st.integers(1, 300), min_size=1, max_size=60),
     st.integers(1, 4000),
@@ -72,60 +81,119 @@ def test_no_batch_of_a_plan_needs_more_than_the_worst(
 
 @pytest.mark.parametrize("square", [0, 2])
 def test_what_a_batch_takes_is_foretold(square: int) -> None:
-    """From passes of two rows at most, what sixteen rows take is known to one percent."""
+    """From passes of some rows, what sixteen take is known; between lengths, no less."""
     need = measure(Taking(square), rows(), CPU, HELD)
-    for count, length in ((16, 512), (16, 256), (1, 128)):
-        takes = count * (40 * length + 4 * square * length**2) * CPU_SPILL
-        assert need.of(count, length) == pytest.approx(takes, rel=0.01)
-    between = 16 * (40 * 300 + 4 * square * 300**2) * CPU_SPILL
-    assert between * 0.99 <= need.of(16, 300) <= between * 1.2
+
+    def takes(count: int, length: int) -> float:
+        return count * (40 * length + 4 * square * length**2) * CPU_SPILL
+
+    for length in (40, 512):
+        assert need.of(16, length) == pytest.approx(takes(16, length), rel=0.01)
+    for length in range(40, 513, 59):
+        assert need.of(16, length) >= 0.99 * takes(16, length)
+    worst = max(takes(4096 // length, length) for length in range(40, 513))
+    assert need.worst(range(40, 513), 4096, 200) == pytest.approx(worst, rel=0.01)
 
 
-def test_a_row_too_long_is_refused_before_it_is_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory that grows as the square is seen on short rows, and the longest is never tried."""
+@pytest.mark.parametrize("square", [0, 2])
+def test_a_pass_of_the_shortest_row_bounds_all(square: int) -> None:
+    """What is concluded from one short row is never less than what a batch takes."""
+    work = Taking(square)
+    need = at_most(work, rows(), CPU, HELD)
+    assert work.seen == [(1, 40)]
+    for count, length in ((1, 40), (7, 100), (16, 512)):
+        assert need.of(count, length) >= count * (40 * length + 4 * square * length**2)
+
+
+def test_only_whole_rows_of_the_data_are_tried() -> None:
+    """Models and losses may take no cut row: every probe has a row's own tokens and targets."""
+    whole = rows()
+    seen: list[Batch] = []
+
+    def run(batch: Batch) -> Any:
+        seen.append(batch)
+        return torch.empty(batch.shape)
+
+    need = measure(run, whole, CPU, HELD)
+    find(run, whole, need, CPU)
+    try_asked(run, whole, 2048, CPU, HELD)
+    own = {len(ids): (ids, labels) for ids, labels in (*whole.longest, whole.shortest or ())}
+    assert {batch.shape[1] for batch in seen} == set(own) == {40, 512}
+    for batch in seen:
+        ids, labels = own[batch.shape[1]]
+        assert (batch.tensors["input_ids"].numpy() == ids).all()
+        assert (batch.tensors["labels"].numpy() == labels).all()
+
+
+def test_a_row_too_long_is_stopped_before_memory_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The count stops a pass that takes more than is free, and one line says what to do."""
     _free(monkeypatch, 50 * 2**20)
-    work = Taking(square=4)
-    with pytest.raises(
-        CurateError, match=r"one row of 4096 .*about 3.. MiB.* has 50 MiB free.*Cut"
-    ):
-        measure(work, rows(4096), CPU, HELD)
-    assert max(length for _, length in work.seen) == 1024
-    assert measure(work, rows(1024), CPU, HELD).of(1, 1024) < 50 * 2**20
+    expected = r"one row of 4096 tokens .*more than the 50 MiB that are free.*max_tokens"
+    with pytest.raises(CurateError, match=expected):
+        measure(Taking(square=4), rows(4096), CPU, HELD)
+    assert measure(Taking(square=4), rows(1024), CPU, HELD).of(1, 1024) < 50 * 2**20
 
 
 def test_one_row_that_fits_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where one of the longest rows fits and two do not, two are not tried."""
+    """Where one of the longest rows fits and two do not, that one says what a row takes."""
     _free(monkeypatch, 70_000)
-    work = Taking()
-    need = measure(work, rows(1024), CPU, HELD)
-    assert (2, 1024) not in work.seen
+    need = measure(Taking(), rows(1024), CPU, HELD)
     assert need.of(1, 1024) == pytest.approx(40 * 1024 * CPU_SPILL, rel=0.01)
 
 
-def test_a_device_that_runs_out_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An allocator's refusal on a short row is one clear line; another error comes through."""
+def failing(error: Exception, longer: int) -> Callable[[Batch], None]:
+    """A pass that fails on rows of more tokens than `longer`."""
+
+    def run(batch: Batch) -> None:
+        if batch.shape[1] > longer:
+            raise error
+
+    return run
+
+
+@pytest.mark.parametrize(("longer", "told"), [(0, 40), (100, 512)])
+@pytest.mark.parametrize("probe", ["measure", "find", "at_most", "try_asked"])
+def test_a_device_that_runs_out_is_told(
+    monkeypatch: pytest.MonkeyPatch, longer: int, told: int, probe: str
+) -> None:
+    """Wherever one row runs out of memory, one line says which; another error comes through."""
     _free(monkeypatch, None)
-
-    def failing(error: Exception) -> Callable[[Batch], None]:
-        def run(batch: Batch) -> None:
-            if batch.shape[1] > 100:
-                raise error
-
-        return run
-
-    with pytest.raises(CurateError, match=r"more memory than there is .*at most 64 tokens"):
-        measure(failing(torch.cuda.OutOfMemoryError("CUDA out of memory")), rows(), CPU, HELD)
+    probes: dict[str, Callable[[Any], Any]] = {
+        "measure": lambda run: measure(run, rows(), CPU, HELD),
+        "find": lambda run: find(run, rows(), NEED, CPU),
+        "at_most": lambda run: at_most(run, rows(), CPU, HELD),
+        "try_asked": lambda run: try_asked(run, rows(), 600, CPU, HELD),
+    }
+    if probe == "at_most" and told == 512:
+        probes[probe](failing(MemoryError(), longer))  # tries the shortest row alone
+        return
+    told = 512 if probe in ("find", "try_asked") else told
+    oom = torch.cuda.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(CurateError, match=f"one row of {told} tokens .*CUDA out of memory"):
+        probes[probe](failing(oom, longer))
     with pytest.raises(RuntimeError, match="mat1"):
-        measure(failing(RuntimeError("mat1 and mat2")), rows(), CPU, HELD)
+        probes[probe](failing(RuntimeError("mat1 and mat2"), longer))
 
 
-def test_a_budget_too_large_is_refused_with_one_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The line says what it takes, what is free, and a budget; that one is then accepted."""
-    _free(monkeypatch, 2**20)
+def test_a_budget_is_refused_only_where_it_ran_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What passes what is free is refused; what did fit, and may not again, is warned of."""
+    takes = 4 * 40 * 512  # four rows, and no others are tried
+    _free(monkeypatch, takes - 1)
+    expected = r"4 rows of 512 tokens, the largest .*budget_tokens = 2100 .*smaller"
+    with pytest.raises(CurateError, match=expected):
+        try_asked(Taking(), rows(), 2100, CPU, HELD)
+    _free(monkeypatch, takes)
+    with pytest.warns(UserWarning, match=r"batches of 2100 padded tokens may take"):
+        try_asked(Taking(), rows(), 2100, CPU, HELD)
+    _free(monkeypatch, int(takes * CPU_SPILL) + 1)
+    work = Taking()
+    try_asked(work, rows(), 2100, CPU, HELD)
+    assert work.seen == [(4, 512)]
+
+
+def test_the_largest_budget_that_fits() -> None:
+    """Of 1 MiB, eight rows that take an eighth each have room."""
     need = Need("cpu float32", 0, (100,), (2**17,))
-    with pytest.raises(CurateError, match=r"need about 8 MiB .*1 MiB free.* at most 800,"):
-        refuse_too_large(need, rows(100, 100), 6400, CPU)
-    refuse_too_large(need, rows(100, 100), 800, CPU)
     assert largest(need, rows(100, 100), 2**20) == 800
 
 
@@ -149,18 +217,19 @@ def test_the_smallest_that_is_as_fast_is_taken(monkeypatch: pytest.MonkeyPatch) 
     assert list(found.rates) == [512, 1024, 2048, 4096, 8192]
 
 
-def test_memory_ends_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No batch is tried that would take more than half of what is free."""
-    _free(monkeypatch, 2 * 6 * 512)
+@pytest.mark.parametrize("each", [40, 1])
+def test_memory_ends_the_search(monkeypatch: pytest.MonkeyPatch, each: int) -> None:
+    """No batch takes more than half of what is free, even where much less was foretold."""
+    _free(monkeypatch, 2 * 5 * 40 * 512)
     _clocked(monkeypatch, lambda _: 1e-3)
     work = Taking()
-    found = find(work, rows(), Need("", 0, (40, 512), (40, 512)), CPU)
+    found = find(work, rows(), Need("", 0, (40, 512), (40 * each, 512 * each)), CPU)
     assert found.tokens == 4 * 512
-    assert max(count for count, _ in work.seen) == 4
+    assert work.seen.count((8, 512)) == (each == 1)  # stopped by its count, and not timed
 
 
 def test_time_ends_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where a pass takes long, trying costs no more than two seconds or a percent of the run."""
+    """Trying costs at most two seconds or a percent of the run, and never over a twentieth."""
     _free(monkeypatch, 2**40)
     spent: list[float] = []
 
@@ -170,11 +239,14 @@ def test_time_ends_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
 
     _clocked(monkeypatch, seconds)
     find(Taking(), rows(tokens=100_000), NEED, CPU)
-    assert sum(spent) < 2
-    longer = rows(tokens=10**7)
+    assert 0.4 < sum(spent) < 2
+    longer, shorter = rows(tokens=10**7), rows(tokens=10_000)
     spent.clear()
     find(Taking(), longer, NEED, CPU)
     assert 2 < sum(spent) < 10
+    spent.clear()
+    assert find(Taking(), shorter, NEED, CPU).tokens == 512
+    assert len(spent) == 2
 
 
 def test_running_out_ends_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,5 +264,5 @@ def test_running_out_ends_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_timings_may_not_decide_where_results_depend_on_them() -> None:
     """For a model that draws random numbers the default is taken, and nothing is run."""
     work = Taking()
-    found = find(work, rows(), NEED, CPU, timed=False)
-    assert (found.tokens, work.seen) == (DEFAULT, [])
+    found = find(work, rows(), NEED, CPU, fixed="it draws")
+    assert (found.tokens, found.why, work.seen) == (DEFAULT, "it draws", [])

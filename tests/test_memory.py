@@ -53,6 +53,21 @@ def test_what_autograd_keeps_is_counted() -> None:
     assert deep(8) - deep(4) == pytest.approx(4 * 4000 * CPU_SPILL, abs=1)
 
 
+def test_a_count_that_passes_what_is_free_stops_the_work() -> None:
+    """Also within the backward pass: what comes out is lack of memory, and the work has ended."""
+
+    def work() -> None:
+        given = torch.ones(100, requires_grad=True)
+        wide = given.expand(50, 100).clone()  # 20,000 bytes; as many once more in the backward pass
+        wide.square().sum().backward()
+
+    takes = peak_of(work, CPU)
+    with pytest.raises(MemoryError, match="more than the 0 MiB that are free") as caught:
+        peak_of(work, CPU, most=int(takes / CPU_SPILL) - 1)
+    assert ran_out(caught.value)
+    assert peak_of(work, CPU, most=int(takes / CPU_SPILL) + 1) == takes
+
+
 def test_free_memory_is_positive_here() -> None:
     """The machine that runs the tests has some memory left, and less than 2⁶⁰ bytes."""
     free = available(CPU)
