@@ -9,7 +9,7 @@ Linux. Loading, sketching and scoring hold a fixed number of rows; filtering and
 table of decisions.
 
 With `--batches` instead: what a sketch pass takes, on looped GPTs of some sizes. What
-`curate.budget` foretells from passes of two rows is printed beside the growth of the peak that was
+`curate.budget` foretells from a few rows is printed beside the growth of the peak that was
 seen; a share above 1 would be memory that it does not know of. Last stands what a training step
 takes over the model and its gradients, foretold in the same way.
 """
