@@ -295,7 +295,7 @@ def find(
     else:
         why = "a larger one does not fit, has no rows, or takes too long to try"
     good = [budget for budget, rate in rates.items() if rate >= AS_GOOD * max(rates.values())]
-    return Found(min(good) if good else fits, why, need, free, rates)
+    return Found(min(good), why, need, free, rates)
 
 
 def _flat(rates: Sequence[float]) -> bool:

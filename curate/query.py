@@ -276,13 +276,16 @@ def _select(constants: tuple[tuple[str, str], ...], contents: Mapping[str, Conte
     first, *others = contents
     columns = ["'{}' AS {}".format(value.replace("'", "''"), _quoted(n)) for n, value in constants]
     columns.append(f"{_quoted(first)}.*")
-    taken, joins = set(_names(contents[first])) if others else set(), ""
+    taken = {name.lower() for name in _names(contents[first])} if others else set()
+    joins = ""
     for other in others:
         for name in _names(contents[other]):
             if name != "row":
-                shown = f"{name}_right" if name in taken else name
+                shown = name
+                while shown.lower() in taken:  # SQL does not tell cases apart
+                    shown += "_right"
                 columns.append(f"{_quoted(other)}.{_quoted(name)} AS {_quoted(shown)}")
-                taken.add(shown)
+                taken.add(shown.lower())
         joins += f' LEFT JOIN "{other}" ON "{other}"."row" = "{first}"."row"'
     return f'SELECT {", ".join(columns)} FROM "{first}"{joins}'
 
@@ -367,7 +370,7 @@ def _answer(path: Path) -> pl.DataFrame:
     """The rows as a frame that no longer needs the file."""
     try:
         return pl.read_ipc(path.read_bytes())
-    except (pl.exceptions.PolarsError, ValueError) as error:
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, ValueError) as error:
         raise UsageError(
             f"the answer has a column of a type that cannot be shown ({error}); cast it in the "
             "statement"

@@ -104,7 +104,9 @@ class Sizing:
 
         Raises CurateError where the longest row, or what was asked for, does not fit.
         """
-        budget, found = self._found(drew) if asked is None else (asked, {"why": "asked for"})
+        free = available(self.device)
+        known = {"why": "asked for", "free": free}
+        budget, found = self._found(drew) if asked is None else (asked, known)
         if asked is not None and not self._plenty(asked):
             self._if_passed(lambda: try_asked(self._pass, self.rows, asked, self.device, self.held))
         _note(self.run, budget, found)
@@ -123,6 +125,9 @@ class Sizing:
             _note(self.run, budget, {**noted, "need": asdict(need)})
         free = available(self.device)
         if free is None or self._takes(need, budget) <= free:
+            return budget
+        tried = self.run.manifest.details.get(DETAILS, {}).get("free")
+        if tried is not None and free >= 0.9 * tried:  # it was asked for, and fitted
             return budget
         lower = min(budget, largest(need, self.rows, free))
         takes = self._takes(need, lower)

@@ -156,15 +156,15 @@ class SketchSink:
         return out
 
     def too_rough(self, values: Tensor) -> Tensor:
-        """(B,) bool: rows in which rounding may be more than half of a step's own error, 1/√M.
+        """(B,) bool: rows in which rounding may be over half of a step's own error 1/√M, or 1 %.
 
         Args:
             values: the result, (B, S, M).
         """
         found = torch.zeros(self._batch, dtype=torch.bool, device=values.device)
         for step, noise in self._noise.items():
-            own = values[:, step].square().sum(dim=1) / values.shape[2]
-            found |= 4 * ROUNDING**2 * noise > own
+            bound = min(0.25 / values.shape[2], 1e-4) * values[:, step].square().sum(dim=1)
+            found |= ROUNDING**2 * noise > bound
         return found
 
     def _scaled(self, name: str, tensor: Tensor) -> Tensor:

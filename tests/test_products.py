@@ -160,6 +160,47 @@ def test_rows_that_cancel_are_not_rounded(
             sdi.self_check(rough, batch, ids)
 
 
+@pytest.mark.parametrize("dim", [64, 256, 1024])
+def test_rough_sketches_pass_their_check(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However coarse the sketch, what is left rounded stays within what the self-check allows."""
+    monkeypatch.setattr(tensorsketch, "multiplies_bfloat16", lambda _: True)
+    torch.manual_seed(0)
+    loop = sdi.Loop(LoopedModel(Keys(3.0), width=128), "body")
+    sketcher = sdi.Sketcher(loop, dim=dim, method="outer")
+    report = sdi.self_check(sketcher, tokens(), names(4))
+    assert sketcher.rounded
+    assert report.sketch is not None
+    assert report.sketch < 1e-4
+
+
+def test_dropout_is_named_where_products_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What makes two passes differ is said to be that, and not the rounding."""
+    monkeypatch.setattr(tensorsketch, "multiplies_bfloat16", lambda _: True)
+    body = nn.Sequential(nn.Linear(128, 128), nn.Dropout(0.5))
+    sketcher = sdi.Sketcher(sdi.Loop(LoopedModel(body, width=128), "body"), dim=1024)
+    with pytest.raises(SelfCheckError, match="dropout left on"):
+        sdi.self_check(sketcher, tokens(), names(4))
+
+
+def test_repeated_rows_draw_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second pass over a batch draws the random numbers of the first, and no others after."""
+    monkeypatch.setattr(tensorsketch, "multiplies_bfloat16", lambda _: True)
+    torch.manual_seed(0)
+    model = LoopedModel(nn.Sequential(Keys(30.0), nn.Dropout(0.1)), width=128)
+    loop = sdi.Loop(model, "body")
+    repeating = sdi.Sketcher(loop, dim=4096, method="outer")
+    plain = sdi.Sketcher(loop, dim=4096, products="float32")
+    parts, after = [], []
+    for sketcher in (repeating, plain):
+        torch.manual_seed(7)
+        parts.append(sketcher(tokens(), names(4)))
+        after.append(torch.rand(1))
+    assert repeating.repeated == 4
+    torch.testing.assert_close(parts[0].losses, parts[1].losses)
+    torch.testing.assert_close(parts[0].values, parts[1].values, rtol=1e-4, atol=1e-7)
+    assert torch.equal(*after)
+
+
 def test_float64_is_not_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model in double precision asked for more than bfloat16 can give."""
     monkeypatch.setattr(tensorsketch, "multiplies_bfloat16", lambda _: True)

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import duckdb
 import numpy as np
 import polars as pl
 import pytest
@@ -122,8 +123,6 @@ def test_refuses_whatever_is_not_reading_its_tables(
 
 def admit(statement: str) -> None:
     """Check a statement in this process as the sandbox does, then run it if it passes."""
-    import duckdb
-
     from curate import sandbox
 
     connection = duckdb.connect(":memory:")
@@ -144,8 +143,6 @@ def test_locked_connection_holds_without_the_tree_check(statement: str, tmp_path
     """The second fence holds alone: a locked connection refuses files to a statement that was
     never checked.
     """
-    import duckdb
-
     from curate import sandbox
 
     connection = duckdb.connect(":memory:")
@@ -210,6 +207,26 @@ def test_mistakes_get_one_line() -> None:
         with pytest.raises(UsageError, match=text) as caught:
             ask(statement)
         assert "\n" not in str(caught.value)
+
+
+def test_what_cannot_be_shown_is_refused() -> None:
+    """A column of a type that a frame cannot hold is one line that says to cast it."""
+    with pytest.raises(UsageError, match="cast it in the statement"):
+        ask("SELECT INTERVAL 1 DAY AS day")
+
+
+def test_names_that_differ_in_case_only() -> None:
+    """A user's column Loss and ours beside it: SQL does not tell cases apart, so one is renamed."""
+    frames = {
+        "rows": pl.LazyFrame({"row": [0], "Loss": ["x"], "loss_right": ["y"]}),
+        "losses": pl.LazyFrame({"row": [0], "loss": [0.5]}),
+    }
+    connection = duckdb.connect(":memory:")
+    for name, frame in frames.items():
+        connection.register(name, frame.collect().to_arrow())
+    statement = query._select((("side", "train"),), frames)
+    found = connection.execute(f"{statement} UNION ALL BY NAME {statement}").fetchall()
+    assert found == [("train", 0, "x", "y", 0.5)] * 2
 
 
 def test_evaluate_keeps_order_and_nulls() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -121,11 +121,13 @@ class Sketcher:
         if len(set(ids)) != len(ids):
             twice = sorted({i for i in ids if ids.count(i) > 1})
             raise SpecError(f"duplicate ids in one batch: {', '.join(twice[:5])}")
+        draws = _random_state(self.loop)
         values, trace, sink = self._pass(batch, ids, products)
         self.rounded = self.rounded or sink.rounded
         rough = sink.too_rough(values)
         if products == "auto" and bool(rough.any()):
             self.repeated += int(rough.sum())
+            draws()  # a model may draw random numbers
             values[rough] = self._pass(batch, ids, "float32")[0][rough]
         for name, kinds in trace.served.items():
             self.served.setdefault(name, set()).update(kinds)
@@ -160,6 +162,20 @@ class Sketcher:
         trace = capture(self.loop, batch, self.loss, sink, ids, check)
         device = next(self.loop.model.parameters()).device
         return sink.result(trace.steps, device), trace, sink
+
+
+def _random_state(loop: Loop) -> Callable[[], None]:
+    """Note the state of the random numbers; the result goes back to it."""
+    device = next(loop.model.parameters()).device
+    state = torch.get_rng_state()
+    on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def restore() -> None:
+        torch.set_rng_state(state)
+        if on_gpu is not None:
+            torch.cuda.set_rng_state(on_gpu, device)
+
+    return restore
 
 
 def _scales(rates: Mapping[str, float], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, float]:

@@ -13,7 +13,9 @@ SDI, arXiv 2602.10097, section 4.
 The product of `outer` may round its factors to bfloat16 (and itself, with float32 sums). That moves
 a sketch by about `ROUNDING`·√(Σ_n ‖left_n‖²‖right_n‖²): 0.2 to 0.3 % of the gradient's norm, where
 the sketch's own error is 1/√M of it, 1.6 % at M = 4096. Where tokens cancel it is more; so that
-sum is kept, and rows in which it is too much are sketched again without rounding (`Sketcher`).
+sum is kept, and rows in which it is too much are sketched again without rounding (`Sketcher`). The
+sum takes the errors of tokens as independent: where the very same few tokens are repeated hundreds
+of times and cancel, it is too small.
 """
 
 from __future__ import annotations
