@@ -32,11 +32,14 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from tests.benchmarks.memory import Watch, anonymous
+
+if TYPE_CHECKING:
+    from curate.rundir import RunDirectory
 
 PARTS = ("scores", "groups", "search", "commands")
 WIDE, NARROW = 4096, 1024
@@ -71,6 +74,15 @@ def product_rates(rows: int, dim: int, columns: int) -> dict[str, float]:
     return rates
 
 
+def forget(run: RunDirectory, name: str) -> None:
+    """Remove a table that an earlier call left, so that it is made again."""
+    with run.writing():
+        kept = {key: entry for key, entry in run.manifest.influence.items() if key != name}
+        run.note(influence=kept)
+        for kind in ((), ("tops",)):
+            shutil.rmtree(run.influence_directory(name, *kind), ignore_errors=True)
+
+
 def scores(folder: Path) -> Iterator[Line]:
     """The survey, and the whole of `score_run`, beside the bare product."""
     from curate.queryvectors import Groups
@@ -80,6 +92,7 @@ def scores(folder: Path) -> Iterator[Line]:
     from curate.survey import Ranking, survey
 
     run = RunDirectory.open(folder)
+    forget(run, "measured")
     settings = ScoreSettings(weights=chosen_weights(run.manifest, {}))
     scoring = Scoring(run, "query", "survey", settings, {}, "cpu")
     queries, product = scoring.side.rows, scoring.product
@@ -142,6 +155,8 @@ def groups(folder: Path) -> Iterator[Line]:
     from curate.scores import score_run
 
     run = RunDirectory.open(folder)
+    for table in [name for name in run.manifest.influence if name.startswith("grouped")]:
+        forget(run, table)
     watch, begin = Watch(), time.perf_counter()
     watch.start()
     names = score_run(run, "query", name="grouped", group_by="topic", top_k=0, overwrite=True)
