@@ -125,10 +125,8 @@ def capture(
         mode.steps.drop_unused(losses)
         mode.replaying = True
         total = losses.sum()
-        with (
-            full_graph(loop.full_graph),
-            mode,
-        ):  # entered: as a torch call of its own, backward would hide all recomputation
+        with full_graph(loop.full_graph), mode:
+            # Entered: as a torch call of its own, backward would hide all recomputation.
             entered(torch.autograd.backward)(total)
         mode.refuse_after_backward()
     return Trace(losses.detach(), mode.labels(), mode.detached_steps(), mode.served, mode.narrow)

@@ -70,3 +70,13 @@ def add_texts(run: RunDirectory, name: str, path: Path, role: str = "train") -> 
     """Load a file of texts into the run as a set."""
     spec = DataSpec.of({"path": str(path), "text": "text", "id": "id", "role": role})
     run.add_set(load_examples(spec, run.stage(name), name=name, known_ids=run.ids(name)))
+
+
+def make_run(directory: Path, *, queries: int = 4) -> RunDirectory:
+    """A run in `directory`/run of 17 training rows, the longest of 30 tokens, and of queries."""
+    directory.mkdir(exist_ok=True)
+    run = RunDirectory.create(directory / "run")
+    add_texts(run, "train", write_texts(directory / "train.jsonl", 17))
+    if queries:
+        add_texts(run, "test", write_texts(directory / "test.jsonl", queries), "query")
+    return run

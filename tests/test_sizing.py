@@ -21,7 +21,16 @@ from curate.memory import peak_of
 from curate.rundir import RunDirectory
 from curate.sketching import Instruments, SketchOptions, sketch_run
 from curate.sources import DataSpec
-from tests.loopedrun import LOOP, OPTIONS, Looped, add_texts, checkpoints, factory, write_texts
+from tests.loopedrun import (
+    LOOP,
+    OPTIONS,
+    Looped,
+    add_texts,
+    checkpoints,
+    factory,
+    make_run,
+    write_texts,
+)
 
 FREELY = replace(OPTIONS, budget_tokens=None)
 CPU = torch.device("cpu")
@@ -37,15 +46,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def run(tmp_path: Path) -> RunDirectory:
     """A run with 17 training rows, the longest of 30 tokens."""
-    return make_run(tmp_path)
-
-
-def make_run(directory: Path) -> RunDirectory:
-    """A run in `directory`/run, and its checkpoints beside it."""
-    directory.mkdir(exist_ok=True)
-    run = RunDirectory.create(directory / "run")
-    add_texts(run, "train", write_texts(directory / "train.jsonl", 17))
-    return run
+    return make_run(tmp_path, queries=0)
 
 
 def sketch(run: RunDirectory, options: SketchOptions = FREELY, **keywords: Any) -> Manifest:
@@ -81,7 +82,7 @@ def test_a_budget_is_found_and_kept(run: RunDirectory, monkeypatch: pytest.Monke
     monkeypatch.setattr(sizing, "measure", never)
     add_texts(run, "train", write_texts(run.path.parent / "train.jsonl", 20))
     assert sketch(run, replace(OPTIONS, budget_tokens=1)).batch_budget == found
-    asked = make_run(run.path.parent / "asked")
+    asked = make_run(run.path.parent / "asked", queries=0)
     monkeypatch.undo()
     sketch(asked, replace(OPTIONS, budget_tokens=found))
     add_texts(asked, "train", write_texts(run.path.parent / "train.jsonl", 20))
@@ -231,7 +232,7 @@ def test_where_memory_runs_out_the_budget_is_halved(run: RunDirectory, tmp_path:
         manifest = sketch(run, wide, instruments=_limited(150))
     assert manifest.batch_budget == 100
     assert "lowered" in details(run)
-    asked = make_run(tmp_path / "asked")
+    asked = make_run(tmp_path / "asked", queries=0)
     sketch(asked, replace(OPTIONS, budget_tokens=100))
     assert digests(run) == digests(asked)
 

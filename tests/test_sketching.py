@@ -22,7 +22,7 @@ from curate.scores import score_run
 from curate.shardplan import shard_rows, stored_kinds, tasks
 from curate.sketching import Instruments, LoopOptions, SketchOptions, SketchReport, sketch_run
 from sdi.errors import LossError, SdiError
-from tests.loopedrun import LOOP, OPTIONS, add_texts, checkpoints, factory, write_texts
+from tests.loopedrun import LOOP, OPTIONS, add_texts, checkpoints, factory, make_run, write_texts
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,15 +31,6 @@ ROOT = Path(__file__).parent.parent
 def run(tmp_path: Path) -> RunDirectory:
     """A run with 17 training rows and 4 query rows."""
     return make_run(tmp_path)
-
-
-def make_run(directory: Path) -> RunDirectory:
-    """A run in `directory`/run, and its checkpoints beside it."""
-    directory.mkdir(exist_ok=True)
-    run = RunDirectory.create(directory / "run")
-    add_texts(run, "train", write_texts(directory / "train.jsonl", 17))
-    add_texts(run, "test", write_texts(directory / "test.jsonl", 4), "query")
-    return run
 
 
 def sketch(run: RunDirectory, options: SketchOptions = OPTIONS, **keywords: Any) -> SketchReport:

@@ -121,14 +121,15 @@ class Sketcher:
         if len(set(ids)) != len(ids):
             twice = sorted({i for i in ids if ids.count(i) > 1})
             raise SpecError(f"duplicate ids in one batch: {', '.join(twice[:5])}")
-        draws = _random_state(self.loop)
+        redraw = _random_state(self.loop)
         values, trace, sink = self._pass(batch, ids, products)
         self.rounded = self.rounded or sink.rounded
-        rough = sink.too_rough(values)
-        if products == "auto" and bool(rough.any()):
-            self.repeated += int(rough.sum())
-            draws()  # a model may draw random numbers
-            values[rough] = self._pass(batch, ids, "float32")[0][rough]
+        if products == "auto" and sink.rounded:
+            rough = sink.too_rough(values)
+            if bool(rough.any()):
+                self.repeated += int(rough.sum())
+                redraw()  # a model may draw random numbers
+                values[rough] = self._pass(batch, ids, "float32")[0][rough]
         for name, kinds in trace.served.items():
             self.served.setdefault(name, set()).update(kinds)
         if not bool(torch.isfinite(values).all()):

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tests.benchmarks import memory
 from tests.benchmarks.peers.__main__ import environment, last_line
 from tests.benchmarks.peers.roster import PEERS, ROOT
 
@@ -165,8 +166,6 @@ class Worker:
 def anonymous(pid: int) -> int:
     """Anonymous resident memory of a process, in bytes; 0 once it is gone."""
     try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
+        return memory.anonymous(pid) * 1024
+    except OSError:
         return 0
-    found = [line for line in status.splitlines() if line.startswith("RssAnon")]
-    return int(found[0].split()[1]) * 1024 if found else 0

@@ -35,12 +35,12 @@ BATCHES = (
 )
 
 
-def anonymous() -> int:
-    """Anonymous resident memory of this process, in KiB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
+def anonymous(process: int | str = "self") -> int:
+    """Anonymous resident memory of a process, in KiB; OSError where the system does not tell."""
+    for line in Path(f"/proc/{process}/status").read_text().splitlines():
         if line.startswith("RssAnon"):
             return int(line.split()[1])
-    raise OSError("no RssAnon in /proc/self/status: this benchmark needs Linux")
+    raise OSError(f"no RssAnon in /proc/{process}/status: this benchmark needs Linux")
 
 
 class Watch(threading.Thread):
