@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import sdi
+from sdi.eager import eager
 from sdi.loop import canonical
 
 #: What has less than this share of the first candidate's parameters raises no doubt about it.
@@ -48,7 +49,7 @@ class Candidate:
 def looped(model: nn.Module, batch: Any, loss: Callable[[nn.Module, Any], Any]) -> list[Candidate]:
     """Bodies that one pass of the loss calls more than once, the largest first."""
     twins = shared(model)
-    with torch.compiler.set_stance("force_eager"):  # compiled code runs no hooks
+    with eager():  # compiled code runs no hooks
         found = sdi.find_loops(model, batch, forward=loss)
         calls = _calls(model, batch, loss, {n: names[0] for names in twins for n in names})
     whole = next((loop.calls for loop in found if not loop.name), 1)  # how often the model runs

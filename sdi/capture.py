@@ -35,8 +35,10 @@ from torch.overrides import TorchFunctionMode
 from sdi import refusals, rules
 from sdi.aside import only_body_trains
 from sdi.batchrows import tagged
+from sdi.eager import eager
 from sdi.fullgraph import full_graph
 from sdi.loop import Loop
+from sdi.onednn import quicker
 from sdi.recompute import Operands, in_replayed_region, reentrant, restored
 from sdi.rowflow import pass_on
 from sdi.rowrandom import seeded_rows
@@ -111,7 +113,7 @@ def capture(
     mode = _CaptureMode(loop, sink, len(ids))
     with ExitStack() as stack:
         stack.callback(mode.release)
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(eager())
         stack.enter_context(only_body_trains(loop))
         stack.enter_context(counting(loop, mode.steps, lambda: mode.replaying))
         stack.enter_context(reentrant(mode.unseen_gradients, mode.noted_state))
@@ -162,7 +164,7 @@ class _CaptureMode(TorchFunctionMode):
         others = [t for t in operands if id(t) not in self._weights]
         carriers = [t for t in others if is_tagged(t) or t.requires_grad]
         if len(others) == len(operands):
-            output = func(*args, **kwargs)
+            output = quicker(func)(*args, **kwargs)
             return self._passed(func, args, kwargs, output, carriers)
         if func in CONSTANTS or not torch.is_grad_enabled():
             return self._blind_use(func, args, kwargs, carriers)
@@ -220,7 +222,7 @@ class _CaptureMode(TorchFunctionMode):
         weights: dict[tuple[str, Any], Weight] = {}
         run = tuple(self._swapped(("args", i), v, weights) for i, v in enumerate(args))
         run_named = {k: self._swapped(("kwargs", k), v, weights) for k, v in kwargs.items()}
-        output = func(*run, **run_named)
+        output = quicker(func)(*run, **run_named)
         if not isinstance(output, Tensor):
             return self._many_outputs(func, weights, output)
         if not (output.is_floating_point() or output.is_complex()):

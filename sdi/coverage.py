@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sdi.batchrows import row_alone
 from sdi.capture import Loss
+from sdi.eager import eager
 from sdi.loop import Loop, canonical
 
 
@@ -85,7 +86,7 @@ def squared_norms(model: nn.Module, row: Any, loss: Loss) -> dict[str, float]:
     """Canonical name → ‖∇‖² of Σ loss, for each parameter of the model that requires a gradient."""
     named = {canonical(n): p for n, p in model.named_parameters() if p.requires_grad}
     found = dict.fromkeys(named, 0.0)
-    with _measuring(named, found), torch.compiler.set_stance("force_eager"), torch.enable_grad():
+    with _measuring(named, found), eager(), torch.enable_grad():
         value = loss(model, row).sum()
         if value.requires_grad:  # a loss that ran under no_grad has a gradient of zero
             value.backward()  # type: ignore[no-untyped-call]

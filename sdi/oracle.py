@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sdi.capture import Loss
+from sdi.eager import eager
 from sdi.fullgraph import full_graph
 from sdi.loop import Loop
 from sdi.recompute import plain_regions
@@ -44,7 +45,7 @@ def step_gradients(
     """
     parameters = loop.parameters()
     wanted = {name: parameters[name] for name in names}
-    with torch.compiler.set_stance("force_eager"), torch.enable_grad():
+    with eager(), torch.enable_grad():
         with _as_asked(loop, identity):  # the backward pass too: regions run again in it
             with _aliased(loop, wanted) as (aliases, counter):
                 losses = loss(loop.model, row)

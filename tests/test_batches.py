@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from curate.batches import batches, padded, plan
+from curate.batches import batches, padded, plan, width
 from curate.errors import UsageError
 from curate.examples import DataSpec, ExampleSet, load_examples
 
@@ -31,16 +31,36 @@ def test_a_plan_takes_every_row_once_within_the_budget(lengths: list[int], budge
     array = np.asarray(lengths, dtype=np.int64)
     groups = plan(array, budget)
     assert sorted(int(at) for group in groups for at in group) == list(range(len(lengths)))
-    assert all(len(g) == 1 or len(g) * int(array[g].max()) <= budget for g in groups)
+    most = max(lengths, default=0)
+    assert all(len(g) == 1 or len(g) * width(int(array[g].max()), most) <= budget for g in groups)
 
 
-@pytest.mark.parametrize(("budget", "most"), [(2048, 0.005), (8192, 0.02), (32768, 0.06)])
+@pytest.mark.parametrize(("budget", "most"), [(2048, 0.04), (8192, 0.05), (32768, 0.1)])
 def test_little_is_padding(budget: int, most: float) -> None:
     """Of a shard of 1024 rows of 125 to 512 tokens, few padded tokens are no row's own."""
     lengths = np.random.default_rng(0).integers(125, 513, 1024)
+    most_wide = int(lengths.max())
     groups = plan(lengths, budget)
-    padded_tokens = sum(len(group) * int(lengths[group].max()) for group in groups)
+    padded_tokens = sum(len(g) * width(int(lengths[g].max()), most_wide) for g in groups)
     assert lengths.sum() <= padded_tokens < (1 + most) * lengths.sum()
+
+
+def test_few_widths() -> None:
+    """Whatever the lengths, a sixteenth is added at most, and never more than the longest has."""
+    lengths = range(1, 5001)
+    widths = [width(length, 5000) for length in lengths]
+    assert all(n <= w <= min(5000, n + n // 16) for n, w in zip(lengths, widths, strict=True))
+    assert widths == sorted(widths)
+    assert len(set(widths)) == 31 + 16 * 7 + 5  # to 31; seven octaves; 4096 to 4864 and the longest
+    assert width(700, 600) == 700
+
+
+def test_batches_are_no_wider_than_the_longest_row(examples: ExampleSet) -> None:
+    """A model may have no positions beyond it; shorter batches come in the rounded widths."""
+    most = int(examples.lengths.max())
+    found = {batch.shape[1] for batch in batches(examples, budget_tokens=64)}
+    assert max(found) == most
+    assert found == {width(wide, most) for wide in found}
 
 
 def test_batches_do_not_depend_on_the_order_of_rows(examples: ExampleSet) -> None:

@@ -212,7 +212,7 @@ def test_costs_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """Costs are kept in a file, read from there, and measured again where it is no good."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     asked: list[torch.device] = []
-    given = costs.Costs(1.0, 0.5, 2.0, 3.0)
+    given = costs.Costs(1.0, 0.5, 2.0, 3.0, 1.0, float("inf"))
 
     def measure(device: torch.device) -> costs.Costs:
         asked.append(device)
@@ -257,6 +257,6 @@ def test_the_cheaper_is_chosen(
     tokens: int, rows: int, columns: int, dim: int, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One token of a wide layer goes through the transforms, a long row of a narrow one not."""
-    known = costs.Costs(product=0.01, half_product=0.005, add=0.1, transform=0.1)
+    known = costs.Costs(0.01, half_product=0.005, add=0.1, transform=0.1, linear=1, onednn_linear=1)
     monkeypatch.setattr(tensorsketch, "costs", lambda _: known)
     assert tensorsketch.choose(tokens, rows, columns, dim, CPU) == expected

@@ -22,11 +22,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from sdi.sketch.kernels import has_numba
 from sdi.sketch.plan import Hashing, MatrixPlan
 
-_VERSION = 4
+_VERSION = 5
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,21 @@ class Costs:
         add: one entry of δᵀa into its bucket.
         transform: one of the M·log₂M steps of a token's two transforms, all that is done to its
             spectra included.
+        linear: a multiply-add of a float32 linear layer as torch takes it.
+        onednn_linear: the same by oneDNN; infinite where that cannot be had.
     """
 
     product: float
     half_product: float
     add: float
     transform: float
+    linear: float
+    onednn_linear: float
+
+    @property
+    def onednn(self) -> bool:
+        """Whether oneDNN is the faster by more than these constants vary."""
+        return self.onednn_linear < 0.95 * self.linear
 
     def outer(self, tokens: int, rows: int, columns: int, *, half: bool) -> float:
         """Nanoseconds an example by way of δᵀa."""
@@ -123,11 +134,26 @@ def _measured(device: torch.device) -> Costs:
         dense = factor.new_ones(batch, side, side)
         add = _nanoseconds(lambda: tensorsketch.add_dense_columns(plan, dense, out), device)
     return Costs(
+        **_linear_layers(factor),
         product=product(half=False) / (entries * tokens),
         half_product=product(half=True) / (entries * tokens),
         add=add / entries,
         transform=_nanoseconds(fourier, device) / (batch * tokens * dim * math.log2(dim)),
     )
+
+
+def _linear_layers(inputs: Tensor) -> dict[str, float]:
+    """Nanoseconds a multiply-add of both libraries on a CPU; elsewhere there is no choice."""
+    weight = inputs.new_ones(inputs.shape[2], inputs.shape[2])
+    operations = inputs.numel() * len(weight)
+    product = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+    if inputs.device.type != "cpu" or product is None:
+        return {"linear": 0.0, "onednn_linear": math.inf}
+    runs = {
+        "linear": lambda: F.linear(inputs, weight),
+        "onednn_linear": lambda: product(inputs, weight, None, "none", [], ""),
+    }
+    return {k: _nanoseconds(run, inputs.device) / operations for k, run in runs.items()}
 
 
 def _nanoseconds(run: Callable[[], object], device: torch.device) -> float:

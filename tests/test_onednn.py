@@ -1,0 +1,170 @@
+"""Linear layers by oneDNN give the numbers of torch's own, which is left what does not suit."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import sdi
+from sdi import onednn
+from tests.looped import Custom, make, names, tokens
+
+pytestmark = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"),
+    reason="this torch has no oneDNN",
+)
+
+
+@pytest.fixture
+def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Products of any size go to oneDNN; the shapes of the weights it multiplied with."""
+    seen: list[tuple[int, ...]] = []
+    real = onednn._product
+
+    def product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        seen.append(tuple(weight.shape))
+        return real(input, weight, bias)
+
+    monkeypatch.setattr(onednn, "LARGE", 0)
+    monkeypatch.setattr(onednn, "costs", lambda _: SimpleNamespace(onednn=True))
+    monkeypatch.setattr(onednn, "_product", product)
+    return seen
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 8), (7, 8), (8,), (2, 3, 4, 8), (0, 8)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_values_and_derivatives(
+    shape: tuple[int, ...], bias: bool, products: list[tuple[int, ...]]
+) -> None:
+    """Those of F.linear, for any number of dimensions."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(shape, requires_grad=True), torch.randn(6, 8)
+    added = torch.randn(6) if bias else None
+    found, expected = onednn.linear(x, weight, added), F.linear(x, weight, added)
+    assert not found._is_view()
+    torch.testing.assert_close(found, expected)
+    delta = torch.randn_like(expected)
+    gradients = [torch.autograd.grad(y, x, delta)[0] for y in (found, expected)]
+    torch.testing.assert_close(*gradients)
+    assert products == [(6, 8), (8, 6)]
+
+
+def test_layouts(products: list[tuple[int, ...]]) -> None:
+    """Strided inputs, weights and gradients, and gradients that are expanded."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 8, 5).transpose(1, 2).requires_grad_()
+    weight = torch.randn(8, 6).t()
+    found, expected = onednn.linear(x, weight), F.linear(x, weight)
+    torch.testing.assert_close(found, expected)
+    for delta in (torch.ones(()).expand(4, 5, 6), torch.randn(6, 5, 4).permute(2, 1, 0)):
+        gradients = [
+            torch.autograd.grad(y, x, delta, retain_graph=True)[0] for y in (found, expected)
+        ]
+        torch.testing.assert_close(*gradients)
+    assert len(products) == 3
+
+
+def test_second_derivatives(products: list[tuple[int, ...]]) -> None:
+    """A gradient that is kept on the graph can be differentiated again."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 8, requires_grad=True), torch.randn(6, 8)
+    pairs = []
+    for layer in (onednn.linear, F.linear):
+        first = torch.autograd.grad(layer(x, weight).pow(3).sum(), x, create_graph=True)[0]
+        pairs.append((first.detach(), torch.autograd.grad(first.pow(2).sum(), x)[0]))
+    torch.testing.assert_close(*pairs)
+    assert products == [(6, 8), (8, 6)]  # the first derivative was torch's
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script`:DeprecationWarning")  # of torch's own jvp
+def test_what_is_left_to_torch(
+    products: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trained weights, other types, autocast, transforms, forward-mode derivatives, a switch."""
+    x, weight = torch.randn(3, 8), torch.randn(6, 8)
+    onednn.linear(x, nn.Parameter(weight))
+    onednn.linear(x, weight, nn.Parameter(torch.zeros(6)))
+    onednn.linear(x.double(), weight.double())
+    onednn.linear(x.bfloat16(), weight.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert onednn.linear(x, weight).dtype == torch.bfloat16
+    torch.func.vmap(lambda row: onednn.linear(row, weight))(x)
+    torch.func.grad(lambda row: onednn.linear(row, weight).sum())(x)
+    torch.func.jvp(lambda row: onednn.linear(row, weight), (x,), (x,))
+    with torch.autograd.forward_ad.dual_level():
+        onednn.linear(torch.autograd.forward_ad.make_dual(x, x), weight)
+    with monkeypatch.context() as switched:
+        switched.setattr(torch.backends.mkldnn, "enabled", False)
+        onednn.linear(x, weight)
+    assert not products
+    y = onednn.linear(x.requires_grad_(), weight)  # differentiated as a batch, with vmap
+    deltas = torch.randn(4, 3, 6)
+    batched = torch.autograd.grad(y, x, deltas, is_grads_batched=True)[0]
+    torch.testing.assert_close(batched, deltas @ weight)
+    assert products == [(6, 8)]
+
+
+def test_small_products_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is measured for them either."""
+    monkeypatch.setattr(onednn, "costs", lambda _: pytest.fail("measured"))
+    onednn.linear(torch.randn(3, 8), torch.randn(6, 8))
+
+
+class _Wide(nn.Module):
+    """A linear layer whose weight is computed, a plain one, and one that is checkpointed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + torch.tanh(F.linear(x, weight=self.a.weight * 0.5, bias=self.a.bias))
+        x = x + torch.tanh(self.b(x.flatten(0, 1))).view_as(x)
+        return x + checkpoint(lambda y: torch.tanh(self.c(y)), x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("method", ["outer", "fourier"])
+def test_a_pass(
+    method: Any, products: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Uses by oneDNN are seen as others are, and their sketches are those of per-row autograd."""
+    model = make(_Wide())
+    batch, rows = tokens(), len(tokens()["input_ids"])
+    sketcher = sdi.Sketcher(sdi.Loop(model, "body"), dim=128, method=method)
+    report = sdi.self_check(sketcher, batch, names(rows), rows=3)
+    assert report.worst < 1e-5 and report.conservation < 1e-5
+    assert report.sketch is not None and report.sketch < 1e-5
+    products.clear()
+    part = sketcher(batch, names(rows))
+    assert len(products) > 3 * part.values.shape[1]
+    with monkeypatch.context() as switched:
+        switched.setattr(torch.backends.mkldnn, "enabled", False)
+        plain = sketcher(batch, names(rows))
+    torch.testing.assert_close(part.values, plain.values, rtol=1e-4, atol=1e-6)
+
+
+def test_a_pass_leaves_nothing(products: list[tuple[int, ...]]) -> None:
+    """Hooks on the nodes of the function here keep no pass alive."""
+    held: list[weakref.ref[Tensor]] = []
+
+    def seen(module: nn.Module, x: Tensor) -> Tensor:
+        held.append(weakref.ref(x))
+        return torch.tanh(F.linear(x, module.a.weight))
+
+    model = make(Custom(seen, a=nn.Linear(16, 16)))
+    sketcher = sdi.Sketcher(sdi.Loop(model, "body"), dim=128)
+    gc.disable()
+    try:
+        sketcher(tokens(), names(len(tokens()["input_ids"])))
+        assert held and products
+        assert not [ref for ref in held if ref() is not None]
+    finally:
+        gc.enable()
