@@ -137,6 +137,11 @@ class _Weighing(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for storage in _storages(tensor):
                 self._see(storage, 0)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Whether torch is to import its compiler to keep it off: passes here run eagerly anyway."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(output):

@@ -11,6 +11,7 @@ CountSketch over its flattened entries (Charikar et al. 2002), without replaceme
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,12 @@ class MatrixPlan:
     def buckets(self) -> Tensor:
         """(R, C) int64, the bucket of every entry."""
         return (self.row_bucket[:, None] + self.column_bucket[None, :]) % self.dim
+
+    @cached_property
+    def starts(self) -> tuple[Tensor, ...]:
+        """For each block of M rows (C,) int64: the bucket of its first row in every column."""
+        firsts = self.row_bucket[:: self.dim]
+        return tuple((self.column_bucket + first) % self.dim for first in firsts)
 
 
 @dataclass(frozen=True)

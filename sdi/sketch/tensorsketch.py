@@ -85,8 +85,9 @@ def add_outer(
     rounding = half and not left.dtype == right.dtype == dtype
     left, right = left.to(dtype), right.to(dtype)
     if rounding and noise is not None:
-        sizes = [torch.linalg.vector_norm(t, dim=2).float() for t in (left, right)]
-        noise += (sizes[0] * sizes[1]).square().sum(dim=1)
+        a, b = (torch.linalg.vector_norm(t, dim=2, dtype=torch.float32) for t in (left, right))
+        size = torch.linalg.vector_norm(a.mul_(b), dim=1)
+        noise.addcmul_(size, size)
     if (kernels := fused(left.device)) is not None:
         kernels.outer(plan, left, right, out, limit=limit)
         return
@@ -98,9 +99,8 @@ def add_outer(
 
 def add_dense_columns(plan: MatrixPlan, product: Tensor, out: Tensor) -> None:
     """Add a dense gradient, (B, C, R) with rows contiguous, into `out` (B, M)."""
-    for begin in range(0, product.shape[2], plan.dim):
-        part = slice(begin, begin + plan.dim)
-        starts = (plan.column_bucket + plan.row_bucket[begin]) % plan.dim
+    for number, starts in enumerate(plan.starts):
+        part = slice(number * plan.dim, (number + 1) * plan.dim)
         block = product[:, :, part].contiguous()
         shifted_add(block, starts, plan.row_sign[part], plan.column_sign, out)
 
