@@ -139,7 +139,7 @@ class _Weighing(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """Whether torch is to import its compiler to keep it off: passes here run eagerly anyway."""
+        """Whether torch imports its compiler to keep it off; a pass here runs eagerly anyway."""
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
