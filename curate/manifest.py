@@ -213,6 +213,16 @@ class Manifest(Entry):
         """The shards of one set at every checkpoint."""
         return [shard for shard in self.shards if (shard.set, shard.kind) == (set_name, kind)]
 
+    def without_attempts(self) -> Manifest:
+        """Itself without what failed before any sketch was made of it: nobody is held to it."""
+        used = {shard.checkpoint for shard in self.shards}
+        kept = tuple(entry for entry in self.checkpoints if entry.name in used)
+        checked = {name: report for name, report in self.self_check.items() if name in used}
+        update: dict[str, Any] = {"checkpoints": kept, "self_check": checked}
+        if not used:
+            update |= {"model": None, "loop": None, "sketch": None}
+        return self.model_copy(update=update)
+
 
 def read_manifest(path: Path) -> Manifest:
     """The manifest in a file.

@@ -78,6 +78,11 @@ def sketch(job: Job) -> None:
     )
     rows = ", ".join(f"{count:,} rows of {name}" for name, count in report.rows.items())
     job.console.log(f"      sketched {rows}" if rows else "      nothing was missing")
+    if report.repeated:
+        job.console.log(
+            f"      {report.repeated:,} of these sketches were made again in float32: in bfloat16 "
+            "their rounding might have shown"
+        )
 
 
 def prepare_sets(job: Job) -> dict[str, ExampleSet]:

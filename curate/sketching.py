@@ -87,6 +87,7 @@ class SketcherLike(Protocol):
     """What is used of `sdi.Sketcher`."""
 
     loop: sdi.Loop
+    repeated: int
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -110,10 +111,14 @@ class Instruments:
 
 @dataclass(frozen=True)
 class SketchReport:
-    """What a call did: shards and rows written (0 where nothing was missing), by set name."""
+    """What a call did: shards and rows written (0 where nothing was missing), by set name.
+
+    `repeated` of the passes over a row were made again without rounding (`sdi.Sketcher.repeated`).
+    """
 
     shards: int
     rows: dict[str, int] = field(default_factory=dict)
+    repeated: int = 0
 
 
 def sketch_run(
@@ -178,6 +183,7 @@ class _Session:
     detached: set[str] = field(default_factory=set)
     base: dict[str, Tensor] | None = None
     tried: tuple[int, int] = (0, 0)
+    repeated: int = 0
 
     def go(
         self,
@@ -205,7 +211,7 @@ class _Session:
         for checkpoint, tasks in work:
             for task in self._checkpoint(body, checkpoint, tasks, sets):
                 rows[task.set] = rows.get(task.set, 0) + task.last - task.first
-        return SketchReport(sum(len(tasks) for _, tasks in work), rows)
+        return SketchReport(sum(len(tasks) for _, tasks in work), rows, self.repeated)
 
     def _settle(
         self, body: sdi.Loop, model_spec: dict[str, Any], checkpoints: Sequence[Checkpoint]
@@ -217,7 +223,7 @@ class _Session:
         loss = getattr(self.options.loss, "__name__", type(self.options.loss).__name__)
         if body.skipped:  # sketches that pool other parameters are not to be mixed
             hashed["skip"] = sorted(body.skipped)
-        self.run.update(_without_attempts)
+        self.run.update(Manifest.without_attempts)
         self.run.settle(
             ModelEntry(
                 spec=model_spec,
@@ -294,9 +300,11 @@ class _Session:
         load_weights(body.model, checkpoint.path, base=self.base)
         sketcher = self._sketcher(body, checkpoint)
         self._with_room(lambda: self._check(sketcher, checkpoint.name, tasks, sets))
+        before = sketcher.repeated
         for task in tasks:
             self._with_room(partial(self._shard, sketcher, task, sets[task.set]))
             yield task
+        self.repeated += sketcher.repeated - before
 
     def _with_room(self, work: Callable[[], None]) -> None:
         """Do some work; where memory runs out, again from its start with half of the budget."""
@@ -387,14 +395,3 @@ class _Session:
             **({"rates": dict(checkpoint.rates)} if checkpoint and checkpoint.rates else {}),
         )
         return made
-
-
-def _without_attempts(manifest: Manifest) -> Manifest:
-    """The manifest without what failed before any sketch was made of it: nobody is held to it."""
-    used = {shard.checkpoint for shard in manifest.shards}
-    kept = tuple(entry for entry in manifest.checkpoints if entry.name in used)
-    checked = {name: report for name, report in manifest.self_check.items() if name in used}
-    update: dict[str, Any] = {"checkpoints": kept, "self_check": checked}
-    if not used:
-        update |= {"model": None, "loop": None, "sketch": None}
-    return manifest.model_copy(update=update)

@@ -236,6 +236,7 @@ class _Deepening:
     dim: int
     keywords: dict[str, Any] = field(default_factory=dict)
     coverage: dict[str, Any] = field(default_factory=dict)
+    repeated: int = 0
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -245,6 +246,7 @@ class _Deepening:
         depth = batch["input_ids"].shape[1] % 3 + 1
         values = torch.ones(len(ids), depth, self.dim)
         labels = tuple(str(step + 1) for step in range(depth))
+        self.repeated += len(ids)
         return sdi.Part(tuple(ids), values, values.norm(dim=2), labels, torch.ones(len(ids)))
 
 
@@ -254,7 +256,9 @@ def test_depth_may_vary(run: RunDirectory) -> None:
     def make(loop: sdi.Loop, dim: int, **keywords: Any) -> _Deepening:
         return _Deepening(loop, dim, keywords)
 
-    sketch(run, replace(OPTIONS, check_rows=0, budget_tokens=1), instruments=Instruments(make))
+    options = replace(OPTIONS, check_rows=0, budget_tokens=1)
+    report = sketch(run, options, instruments=Instruments(make))
+    assert report.repeated == sum(report.rows.values()) > 0  # the trial that fixed the plan aside
     depths = run.depths("train")
     assert depths.tolist() == [n % 3 + 1 for n in run.example_set("train").lengths]
     assert len(set(depths.tolist())) > 1
