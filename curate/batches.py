@@ -5,9 +5,9 @@ budget; the width is that of the longest, rounded up. Little is padding then, an
 the one that needs the most memory. Padding is on the right, masked out and no target, so that a
 row's loss does not depend on the batch it is in. A row longer than the budget is alone in a batch.
 
-Why widths are rounded. oneDNN compiles its products for each shape it meets and keeps a thousand of
-them, and memory freed at one size does not fit the next: on rows of 400 to 500 tokens, half of a
-process. The padding it adds costs what compiling did, some 2 % of the time.
+Why widths are rounded. oneDNN keeps what it compiles for each shape of a product, and memory freed
+at one size does not fit the next: a process that sketched rows of 400 to 500 tokens took twice the
+memory. The padding costs what compiling did, some 2 % of the time.
 """
 
 from __future__ import annotations
@@ -62,6 +62,11 @@ def width(length: int, most: int) -> int:
     return min(-(-length // step) * step, max(length, most))
 
 
+def _within(length: int, most: int, budget_tokens: int) -> int:
+    """The width of a batch whose longest row is that long: a row within the budget stays so."""
+    return width(length, min(most, max(length, budget_tokens)))
+
+
 def plan(lengths: Rows, budget_tokens: int) -> list[Rows]:
     """Places in `lengths` (N,), grouped into batches, each place once, the longest first."""
     if budget_tokens < 1:
@@ -70,7 +75,8 @@ def plan(lengths: Rows, budget_tokens: int) -> list[Rows]:
     most = int(lengths.max(initial=0))
     groups, at = [], 0
     while at < len(order):
-        count = max(1, budget_tokens // max(1, width(int(lengths[order[at]]), most)))
+        wide = _within(int(lengths[order[at]]), most, budget_tokens)
+        count = max(1, budget_tokens // max(1, wide))
         groups.append(order[at : at + count])
         at += count
     return groups
@@ -95,7 +101,7 @@ def batches(
     pad = examples.pad_id if pad_id is None else pad_id
     most = int(lengths.max(initial=0))
     for group in plan(lengths, budget_tokens):
-        wide = width(int(lengths[group[0]]), most)
+        wide = _within(int(lengths[group[0]]), most, budget_tokens)
         tensors = padded([examples.tokens(int(row)) for row in chosen[group]], pad, wide)
         yield Batch(chosen[group], [ids[place] for place in group], tensors)
 
@@ -107,7 +113,7 @@ def padded(
 
     T is the longest T_b, or `wide` if that is more.
     """
-    shape = (len(rows), max(wide, *(len(ids) for ids, _ in rows)))
+    shape = (len(rows), max(wide, max(len(ids) for ids, _ in rows)))
     tokens = np.full(shape, pad_id, dtype=np.int64)
     labels = np.full(shape, IGNORE, dtype=np.int64)
     mask = np.zeros(shape, dtype=np.int64)

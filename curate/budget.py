@@ -35,7 +35,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from curate.batches import Batch, padded
+from curate.batches import Batch, padded, width
 from curate.errors import CurateError
 from curate.memory import available, peak_of, ran_out, sized
 
@@ -84,7 +84,9 @@ class Need:
 
     def worst(self, lengths: Iterable[int], budget: int, most_rows: int) -> int:
         """Bytes of the largest batch that rows of these lengths make, `most_rows` at most."""
-        return max(self.of(min(most_rows, max(1, budget // n)), n) for n in lengths)
+        lengths = list(lengths)
+        widths = {width(length, max(lengths)) for length in lengths}
+        return max(self.of(min(most_rows, max(1, budget // wide)), wide) for wide in widths)
 
 
 class Rows(NamedTuple):

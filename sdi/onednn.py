@@ -1,13 +1,16 @@
 """Float32 linear layers of a captured pass by oneDNN, where that is the faster library.
 
 torch has two libraries for matrix products on a CPU and sends float32 to MKL, whatever the
-processor; on AMD's, oneDNN takes a seventh less time. A pass without weight gradients is mostly
-such products, forward and backward. A call on oneDNN has no derivative in torch, hence the function
-here; its result differs by the rounding of float32 sums, as between two releases of one library.
+processor. Which is faster is measured (`sdi.sketch.costs`); on the AMD processor that this was
+written on, oneDNN takes a seventh less time. A pass without weight gradients is mostly such
+products, forward and backward. A call on oneDNN has no derivative in torch, hence the function
+here. Results differ by the rounding of float32 sums: 6e-7 of a product, where MKL's is 3e-7.
 
-What it gives up. Small products, where one more Python call costs more than is gained, weights that
-require a gradient, autocast, transforms of torch.func and forward-mode derivatives: all are left to
-torch, and so are second derivatives of what was computed here.
+What is left to torch: small products, where one more Python call costs more than is gained; weights
+that require a gradient; operands that are no plain tensors, since oneDNN reads memory as it lies;
+autocast, transforms of torch.func, forward-mode and second derivatives. And numbers of tokens with
+more than six binary digits between the first one and the last: oneDNN keeps half a megabyte for
+each number it has met, whatever its caches are limited to.
 """
 
 from __future__ import annotations
@@ -16,12 +19,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdi.sketch.costs import costs
 
 LARGE = 1 << 25
-"""Multiply-adds of a product from which the gain is over the cost of a call, 0.1 ms."""
+"""Multiply-adds of a product from which the gain exceeds the cost of a call, 0.1 ms."""
+DIGITS = 6
+"""Binary digits of a number of tokens that count: 32 numbers between two powers of two."""
 
 
 def quicker(func: Any) -> Any:
@@ -29,12 +34,12 @@ def quicker(func: Any) -> Any:
     return linear if func is F.linear else func
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
     """As `F.linear`, whose names the arguments have; input (..., C), weight (R, C), bias (R,)."""
-    if _suits(input, weight, bias):
+    if not options and _suits(input, weight, bias):
         found: Tensor = _Linear.apply(input, weight, bias)  # type: ignore[no-untyped-call]
         return found
-    return F.linear(input, weight, bias)
+    return F.linear(input, weight, bias, **options)
 
 
 class _Linear(torch.autograd.Function):
@@ -42,37 +47,55 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(weight)
         return _product(input, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, *deltas: Tensor) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, *deltas: Tensor | None) -> tuple[Tensor | None, None, None]:
         (delta,), (weight,) = deltas, ctx.saved_tensors
-        if not ctx.needs_input_grad[0]:
+        if delta is None or not ctx.needs_input_grad[0]:
             return None, None, None
-        if torch.is_grad_enabled() or _transformed(delta):
+        if torch.is_grad_enabled() or _transformed(delta) or not _plain(delta):
             return delta @ weight, None, None
         return _product(delta, weight.t().contiguous(), None), None, None
 
 
 def _product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(..., R) float32; `.data`, for the call returns a view, which a user must not see."""
-    found: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
+    flat = bias if bias is None else bias.contiguous()  # the call ignores a bias's strides
+    found: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, flat, "none", [], "")
     return found.data
 
 
 def _suits(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    if not _is_large(input, weight):
+        return False
     operands = (input, weight) if bias is None else (input, weight, bias)
-    large = weight.ndim == 2 and input.numel() * weight.shape[0] >= LARGE
     return (
-        large
-        and all(t.dtype == torch.float32 and t.device.type == "cpu" for t in operands)
+        all(map(_plain, operands))
+        and (bias is None or bias.shape == weight.shape[:1])
         and not any(t.requires_grad for t in operands[1:])
         and not torch.is_autocast_enabled("cpu")
         and not _transformed(input)
         and bool(torch.backends.mkldnn.enabled)
         and costs(input.device).onednn
     )
+
+
+def _is_large(input: Tensor, weight: Tensor) -> bool:
+    if weight.ndim != 2 or not input.ndim or input.shape[-1] != weight.shape[1]:
+        return False
+    tokens = input.shape[:-1].numel()
+    if tokens * weight.shape.numel() < LARGE:
+        return False
+    return tokens // (tokens & -tokens or 1) < 1 << DIGITS
+
+
+def _plain(tensor: Tensor) -> bool:
+    """Whether it is no subclass, and its numbers lie in memory as float32."""
+    usual = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+    return usual and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
 
 
 def _transformed(tensor: Tensor) -> bool:

@@ -11,6 +11,8 @@ import pytest
 SETUP = """
 import sys, warnings
 import torch
+import threading
+from torch import compile as compiled
 import sdi
 from tests.looped import Custom, make, names, tokens
 warnings.simplefilter("ignore")
@@ -24,6 +26,9 @@ def backend(graph, inputs):
 
 def late(m, x):
     return torch.compile(lambda y: torch.tanh(m.a(y)), backend=backend)(x)
+
+def later(m, x):
+    return compiled(lambda y: torch.tanh(m.a(y)), backend=backend)(x)
 
 def sketched(run):
     torch.manual_seed(0)
@@ -40,10 +45,24 @@ plain = sketched(lambda m, x: torch.tanh(m.a(x)))
         "'torch._dynamo' not in sys.modules",
         "torch.equal(sketched(late), plain) and not calls",
         "torch.equal(sketched(late), sketched(late)) and not calls",
+        "torch.equal(sketched(later), plain) and not calls",
+        "torch.equal(sketched(late), plain) and late(Custom(late, a=torch.nn.Linear(16, 16)),"
+        " torch.ones(1, 16)).numel() == 16 and len(calls) == 1",
+        "[t.join() for t in [threading.Thread(target=sketched, args=(late,)) for _ in range(3)]"
+        " if not t.start()] and not calls and late(Custom(late, a=torch.nn.Linear(16, 16)),"
+        " torch.ones(1, 16)).numel() == 16 and len(calls) == 1",
         "late(Custom(late, a=torch.nn.Linear(16, 16)), torch.ones(1, 16)).numel() == 16"
         " and torch.equal(sketched(late), plain) and len(calls) == 1",
     ],
-    ids=["no compiler", "compiled in the pass", "and again", "compiled before"],
+    ids=[
+        "no compiler",
+        "compiled in the pass",
+        "and again",
+        "by another name",
+        "compiled after",
+        "in threads",
+        "compiled before",
+    ],
 )
 def test_compiled_code(claim: str) -> None:
     """Each in a process of its own, since a compiler once imported stays."""

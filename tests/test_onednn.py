@@ -72,6 +72,89 @@ def test_layouts(products: list[tuple[int, ...]]) -> None:
     assert len(products) == 3
 
 
+@pytest.mark.parametrize(
+    "bias",
+    [
+        torch.arange(18.0).view(6, 3)[:, 1],
+        torch.tensor([2.0]).expand(6),
+        torch.arange(6.0).flip(0),
+        torch.randn(6, dtype=torch.complex64).conj().imag,
+    ],
+    ids=["strided", "expanded", "flipped", "negated"],
+)
+def test_biases_however_they_lie(bias: Tensor, products: list[tuple[int, ...]]) -> None:
+    """Those that are no run of numbers in memory are added as they read."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(4, 5, 8), torch.randn(6, 8)
+    torch.testing.assert_close(onednn.linear(x, weight, bias), F.linear(x, weight, bias))
+    assert products
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 6), (5, 6), (4, 5, 6)])
+def test_biases_that_broadcast(shape: tuple[int, ...], products: list[tuple[int, ...]]) -> None:
+    """What torch adds by broadcasting is left to it."""
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(4, 5, 8), torch.randn(6, 8), torch.randn(shape)
+    torch.testing.assert_close(onednn.linear(x, weight, bias), F.linear(x, weight, bias))
+    assert not products
+
+
+class _Doubled(Tensor):
+    """A tensor that answers a linear layer in its own way."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = super().__torch_function__(func, types, args, kwargs or {})
+        return 2 * found if func is F.linear else found
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_subclasses_are_left_to_themselves(place: int, products: list[tuple[int, ...]]) -> None:
+    """A subclass in any place says what the product is."""
+    torch.manual_seed(0)
+    operands = [torch.randn(4, 8), torch.randn(6, 8), torch.randn(6)]
+    expected = 2 * F.linear(*operands)
+    operands[place] = operands[place].as_subclass(_Doubled)
+    found = onednn.linear(*operands).as_subclass(Tensor)
+    torch.testing.assert_close(found, expected)
+    assert not products
+
+
+def test_sparse_operands_are_left_to_torch(products: list[tuple[int, ...]]) -> None:
+    """Numbers that do not lie in memory one after another."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(4, 8), torch.randn(6, 8)
+    torch.testing.assert_close(onednn.linear(x, weight.to_sparse()), F.linear(x, weight))
+    assert not products
+
+
+@pytest.mark.parametrize("arguments", [((3, 7), (6, 8)), ((), (6, 8)), ((3, 8), (8,))])
+def test_errors_are_those_of_torch(
+    arguments: tuple[tuple[int, ...], ...], products: list[tuple[int, ...]]
+) -> None:
+    """Shapes that do not fit, no shape at all, and a vector that fits."""
+    x, weight = map(torch.ones, arguments)
+    messages = []
+    for layer in (onednn.linear, F.linear):
+        try:
+            messages.append(str(layer(x, weight)))
+        except RuntimeError as error:
+            messages.append(str(error))
+    assert messages[0] == messages[1]
+    assert not products
+
+
+def test_few_numbers_of_tokens(products: list[tuple[int, ...]]) -> None:
+    """Of all numbers of tokens, 32 between two powers of two: memory is kept for each."""
+    weight = torch.ones(1, 1)
+    for count in range(1025):
+        before = len(products)
+        onednn.linear(torch.ones(count, 1), weight)
+        odd = count // (count & -count or 1)
+        assert (len(products) > before) == (odd < 64)
+    assert len(products) == 1 + 64 + 32 * 4  # none, to 64, four octaves
+
+
 def test_second_derivatives(products: list[tuple[int, ...]]) -> None:
     """A gradient that is kept on the graph can be differentiated again."""
     torch.manual_seed(0)
@@ -94,6 +177,7 @@ def test_what_is_left_to_torch(
     onednn.linear(x, weight, nn.Parameter(torch.zeros(6)))
     onednn.linear(x.double(), weight.double())
     onednn.linear(x.bfloat16(), weight.bfloat16())
+    onednn.linear(x, weight, out=torch.empty(3, 6))
     with torch.autocast("cpu", torch.bfloat16):
         assert onednn.linear(x, weight).dtype == torch.bfloat16
     torch.func.vmap(lambda row: onednn.linear(row, weight))(x)
