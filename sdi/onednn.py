@@ -69,11 +69,11 @@ def _product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _suits(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    if not _is_large(input, weight):
+    if not (_plain(input) and _plain(weight) and _is_large(input, weight)):
         return False
     operands = (input, weight) if bias is None else (input, weight, bias)
     return (
-        all(map(_plain, operands))
+        _plain(operands[-1])
         and (bias is None or bias.shape == weight.shape[:1])
         and not any(t.requires_grad for t in operands[1:])
         and not torch.is_autocast_enabled("cpu")
@@ -94,7 +94,8 @@ def _is_large(input: Tensor, weight: Tensor) -> bool:
 
 def _plain(tensor: Tensor) -> bool:
     """Whether it is no subclass, and its numbers lie in memory as float32."""
-    usual = type(tensor) in (Tensor, nn.Parameter) and tensor.layout is torch.strided
+    usual = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_nested
+    usual = usual and tensor.layout is torch.strided
     return usual and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
 
 

@@ -46,6 +46,15 @@ BODIES = {
     "rescaled weight": lambda: Custom(
         lambda m, x: F.linear(x, m.a / m.a.norm(dim=1, keepdim=True)), a=_w(16, 16)
     ),
+    "one bias for every output": lambda: Custom(
+        lambda m, x: torch.tanh(F.linear(x, m.a.weight, m.a.bias[:1])) * m.a.bias,
+        a=nn.Linear(16, 16),
+    ),
+    "one bias in addmm": lambda: Custom(
+        lambda m, x: torch.tanh(torch.addmm(m.b, x.reshape(-1, 16), m.a)).view_as(x),
+        a=_w(16, 16),
+        b=_w(1),
+    ),
     "gate and bias": lambda: Custom(lambda m, x: x * torch.sigmoid(m.a) + m.b, a=_w(16), b=_w(1)),
     "scalar gain": lambda: Custom(lambda m, x: x + m.a * x, a=_w()),
     "in-place bias": lambda: Custom(lambda m, x: (x * 1.0).add_(m.a), a=_w(16)),

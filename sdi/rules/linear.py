@@ -8,11 +8,13 @@ from sdi.rules.use import Use, Weight
 
 
 def linear_rule(use: Use) -> bool:
-    """`F.linear(input, weight (R, C), bias (R,))`; false where the weight is no plain matrix."""
+    """`F.linear(input, weight (R, C), bias (R,))`; false for any other weight or bias."""
     inputs, weight, bias = use.argument(0, "input"), use.weight(1, "weight"), use.weight(2, "bias")
     if use.weight(0, "input") is not None or not use.is_rowwise(inputs):
         return False
     if weight is not None and weight.tensor.ndim != 2:
+        return False
+    if _broadcasts(use, bias):
         return False
     delta = use.split_delta()
     if weight is not None:
@@ -36,13 +38,18 @@ def addmm_rule(use: Use) -> bool:
     weight = use.weight(2, "mat2")
     if use.kwargs.get("beta", 1) != 1 or use.kwargs.get("alpha", 1) != 1:
         return False
-    if use.weight(1, "mat1") is not None or (bias is not None and bias.tensor.ndim != 1):
+    if use.weight(1, "mat1") is not None or _broadcasts(use, bias):
         return False
     if weight is not None and not _product(use, inputs, weight):
         return False
     if bias is not None:
         bias.emit(use.sink, use.step, use.split_delta(use.wide_delta).sum(dim=1))
     return True
+
+
+def _broadcasts(use: Use, bias: Weight | None) -> bool:
+    """Whether a bias is added in another way than one number to each output."""
+    return bias is not None and bias.tensor.shape != use.delta.shape[-1:]
 
 
 def _product(use: Use, inputs: Tensor, weight: Weight | None) -> bool:
