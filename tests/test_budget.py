@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from curate import budget
-from curate.batches import Batch, plan
+from curate.batches import Batch, plan, width
 from curate.budget import DEFAULT, Need, Rows, at_most, find, largest, measure, try_asked
 from curate.errors import CurateError
 from curate.memory import CPU_SPILL
@@ -76,7 +76,9 @@ def test_no_batch_of_a_plan_needs_more_than_the_worst(
     array = np.asarray(lengths, np.int64)
     worst = need.worst(sorted(set(lengths)), tokens, len(lengths))
     for group in plan(array, tokens):
-        assert need.of(len(group), int(array[group].max())) <= worst
+        longest = int(array[group].max())
+        wide = width(longest, min(max(lengths), max(longest, tokens)))
+        assert need.of(len(group), wide) <= worst
 
 
 @pytest.mark.parametrize("square", [0, 2])
