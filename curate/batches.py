@@ -6,8 +6,8 @@ the one that needs the most memory. Padding is on the right, masked out and no t
 row's loss does not depend on the batch it is in. A row longer than the budget is alone in a batch.
 
 Why widths are rounded. oneDNN keeps what it compiles for each shape of a product, and memory freed
-at one size does not fit the next: a process that sketched rows of 400 to 500 tokens took twice the
-memory. The padding costs what compiling did, some 2 % of the time.
+at one size does not fit the next: a hundred batches of 4,096 tokens, in rows of 400 to 500, made a
+process grow by 455 MiB instead of 123. The padding costs what compiling did, some 2 % of the time.
 """
 
 from __future__ import annotations
@@ -57,14 +57,10 @@ def width(length: int, most: int) -> int:
     """`length` rounded up to one of sixteen widths between two powers of two, `most` at most.
 
     So of T tokens at most T/16 are added, and rows of up to 2^k tokens have at most 16·k widths.
+    A length above `most` stays as it is.
     """
     step = 1 << max(0, length.bit_length() - 5)
     return min(-(-length // step) * step, max(length, most))
-
-
-def _within(length: int, most: int, budget_tokens: int) -> int:
-    """The width of a batch whose longest row is that long: a row within the budget stays so."""
-    return width(length, min(most, max(length, budget_tokens)))
 
 
 def plan(lengths: Rows, budget_tokens: int) -> list[Rows]:
@@ -72,11 +68,10 @@ def plan(lengths: Rows, budget_tokens: int) -> list[Rows]:
     if budget_tokens < 1:
         raise UsageError(f"the token budget of a batch is {budget_tokens}; it must be at least 1")
     order = np.lexsort((np.arange(len(lengths)), -lengths))
-    most = int(lengths.max(initial=0))
+    most = _most(lengths, budget_tokens)
     groups, at = [], 0
     while at < len(order):
-        wide = _within(int(lengths[order[at]]), most, budget_tokens)
-        count = max(1, budget_tokens // max(1, wide))
+        count = max(1, budget_tokens // max(1, width(int(lengths[order[at]]), most)))
         groups.append(order[at : at + count])
         at += count
     return groups
@@ -99,11 +94,16 @@ def batches(
     lengths = examples.lengths_of(chosen)
     ids = examples.ids(chosen)
     pad = examples.pad_id if pad_id is None else pad_id
-    most = int(lengths.max(initial=0))
+    most = _most(lengths, budget_tokens)
     for group in plan(lengths, budget_tokens):
-        wide = _within(int(lengths[group[0]]), most, budget_tokens)
+        wide = width(int(lengths[group[0]]), most)
         tensors = padded([examples.tokens(int(row)) for row in chosen[group]], pad, wide)
         yield Batch(chosen[group], [ids[place] for place in group], tensors)
+
+
+def _most(lengths: Rows, budget_tokens: int) -> int:
+    """What no width is rounded past: the longest row, and the budget."""
+    return min(int(lengths.max(initial=0)), budget_tokens)
 
 
 def padded(

@@ -85,7 +85,8 @@ class Need:
     def worst(self, lengths: Iterable[int], budget: int, most_rows: int) -> int:
         """Bytes of the largest batch that rows of these lengths make, `most_rows` at most."""
         lengths = list(lengths)
-        widths = {width(length, max(lengths)) for length in lengths}
+        most = min(budget, max(lengths))
+        widths = {width(length, most) for length in lengths}
         return max(self.of(min(most_rows, max(1, budget // wide)), wide) for wide in widths)
 
 

@@ -69,7 +69,7 @@ def _product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _suits(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    if not (_plain(input) and _plain(weight) and _is_large(input, weight)):
+    if not (_plain(input) and _plain(weight) and _gains(input, weight)):
         return False
     operands = (input, weight) if bias is None else (input, weight, bias)
     return (
@@ -83,7 +83,8 @@ def _suits(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     )
 
 
-def _is_large(input: Tensor, weight: Tensor) -> bool:
+def _gains(input: Tensor, weight: Tensor) -> bool:
+    """Whether it is a product, large enough, and of a number of tokens that may be kept."""
     if weight.ndim != 2 or not input.ndim or input.shape[-1] != weight.shape[1]:
         return False
     tokens = input.shape[:-1].numel()

@@ -77,7 +77,7 @@ def test_no_batch_of_a_plan_needs_more_than_the_worst(
     worst = need.worst(sorted(set(lengths)), tokens, len(lengths))
     for group in plan(array, tokens):
         longest = int(array[group].max())
-        wide = width(longest, min(max(lengths), max(longest, tokens)))
+        wide = width(longest, min(max(lengths), tokens))
         assert need.of(len(group), wide) <= worst
 
 
