@@ -38,7 +38,7 @@ from sdi.batchrows import tagged
 from sdi.eager import eager
 from sdi.fullgraph import full_graph
 from sdi.loop import Loop
-from sdi.onednn import quicker
+from sdi.quicker import quicker
 from sdi.recompute import Operands, in_replayed_region, reentrant, restored
 from sdi.rowflow import pass_on
 from sdi.rowrandom import seeded_rows

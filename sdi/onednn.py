@@ -25,13 +25,9 @@ from sdi.sketch.costs import costs
 
 LARGE = 1 << 25
 """Multiply-adds of a product from which the gain exceeds the cost of a call, 0.1 ms."""
+FLOAT = (torch.float32,)
 DIGITS = 6
 """Binary digits of a number of tokens that count: 32 numbers between two powers of two."""
-
-
-def quicker(func: Any) -> Any:
-    """What to run in place of a torch call: `linear` for `F.linear`, else the call itself."""
-    return linear if func is F.linear else func
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
@@ -56,28 +52,30 @@ class _Linear(torch.autograd.Function):
         (delta,), (weight,) = deltas, ctx.saved_tensors
         if delta is None or not ctx.needs_input_grad[0]:
             return None, None, None
-        if torch.is_grad_enabled() or _transformed(delta) or not _plain(delta):
+        if torch.is_grad_enabled() or is_transformed(delta) or not is_plain(delta, FLOAT):
             return delta @ weight, None, None
-        return _product(delta, weight.t().contiguous(), None), None, None
+        return _product(delta, weight.t(), None), None, None
 
 
 def _product(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(..., R) float32; `.data`, for the call returns a view, which a user must not see."""
+    if not weight.t().is_contiguous():  # which is read as it lies: a copy would cost more
+        weight = weight.contiguous()
     flat = bias if bias is None else bias.contiguous()  # the call ignores a bias's strides
     found: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, flat, "none", [], "")
     return found.data
 
 
 def _suits(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    if not (_plain(input) and _plain(weight) and _gains(input, weight)):
-        return False
     operands = (input, weight) if bias is None else (input, weight, bias)
+    if not all(is_plain(t, FLOAT) for t in operands):
+        return False
     return (
-        _plain(operands[-1])
+        _gains(input, weight)
         and (bias is None or bias.shape == weight.shape[:1])
         and not any(t.requires_grad for t in operands[1:])
         and not torch.is_autocast_enabled("cpu")
-        and not _transformed(input)
+        and not is_transformed(input)
         and bool(torch.backends.mkldnn.enabled)
         and costs(input.device).onednn
     )
@@ -93,14 +91,14 @@ def _gains(input: Tensor, weight: Tensor) -> bool:
     return tokens // (tokens & -tokens or 1) < 1 << DIGITS
 
 
-def _plain(tensor: Tensor) -> bool:
-    """Whether it is no subclass, and its numbers lie in memory as float32."""
+def is_plain(tensor: Tensor, kinds: tuple[torch.dtype, ...]) -> bool:
+    """Whether it is no subclass, and its numbers lie in a CPU's memory as one of `kinds`."""
     usual = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_nested
     usual = usual and tensor.layout is torch.strided
-    return usual and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+    return usual and tensor.dtype in kinds and tensor.device.type == "cpu"
 
 
-def _transformed(tensor: Tensor) -> bool:
+def is_transformed(tensor: Tensor) -> bool:
     """Whether torch.func, gradients in batches or forward-mode derivatives are at work."""
     return (
         torch._C._functorch.maybe_current_level() is not None

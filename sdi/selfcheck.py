@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdi.attention import torchs_own
 from sdi.batchrows import row_alone
 from sdi.capture import capture
 from sdi.errors import LoopError, SelfCheckError
@@ -59,6 +60,7 @@ class SelfCheck:
         return asdict(self)
 
 
+@torchs_own()
 def self_check(
     sketcher: Sketcher,
     batch: Any,
@@ -69,6 +71,9 @@ def self_check(
     memory: int = 512 << 20,
 ) -> SelfCheck:
     """Compare a few rows of a batch with per-row autograd, parameter group by parameter group.
+
+    Without what a pass rounds or does otherwise than autograd: its products in bfloat16, of which
+    is only seen that they are a sketch still, and its attention in half precision.
 
     Args:
         sketcher: the estimator that is about to be used.

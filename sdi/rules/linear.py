@@ -20,7 +20,7 @@ def linear_rule(use: Use) -> bool:
     if weight is not None:
         weight.emit_outer(use.sink, use.step, delta, use.split(inputs))
     if bias is not None:
-        bias.emit(use.sink, use.step, use.split_delta(use.wide_delta).sum(dim=1))
+        bias.emit(use.sink, use.step, use.summed_delta())
     return True
 
 
@@ -43,7 +43,7 @@ def addmm_rule(use: Use) -> bool:
     if weight is not None and not _product(use, inputs, weight):
         return False
     if bias is not None:
-        bias.emit(use.sink, use.step, use.split_delta(use.wide_delta).sum(dim=1))
+        bias.emit(use.sink, use.step, use.summed_delta())
     return True
 
 

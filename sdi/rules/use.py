@@ -127,6 +127,11 @@ class Use:
         """`delta`, in float32 where it is half: sums over tokens are, as autograd's own."""
         return self.delta.float() if self.delta.dtype in HALVES else self.delta
 
+    def summed_delta(self) -> Tensor:
+        """Σ_n δ_n, (B, R); of bfloat16 summed in float32 and rounded once, as by autograd."""
+        whole = self.delta if self.delta.dtype == torch.bfloat16 else self.wide_delta
+        return self.split_delta(whole).sum(dim=1)
+
     def split_delta(self, gradient: Tensor | None = None, features: int = 1) -> Tensor:
         """`delta`, or a tensor of its shape, as (B, n, *features)."""
         tensor = self.delta if gradient is None else gradient

@@ -83,11 +83,10 @@ def add_outer(
     """
     dtype = torch.bfloat16 if half else torch.float32
     rounding = half and not left.dtype == right.dtype == dtype
-    left, right = left.to(dtype), right.to(dtype)
     if rounding and noise is not None:
-        a, b = (torch.linalg.vector_norm(t, dim=2, dtype=torch.float32) for t in (left, right))
-        size = torch.linalg.vector_norm(a.mul_(b), dim=1)
+        size = torch.linalg.vector_norm(_lengths(left) * _lengths(right), dim=1)
         noise.addcmul_(size, size)
+    left, right = left.to(dtype), right.to(dtype)
     if (kernels := fused(left.device)) is not None:
         kernels.outer(plan, left, right, out, limit=limit)
         return
@@ -95,6 +94,13 @@ def add_outer(
     for begin in range(0, left.shape[0], chunk):
         part = slice(begin, begin + chunk)
         add_dense_columns(plan, right[part].transpose(1, 2) @ left[part], out[part])
+
+
+def _lengths(factor: Tensor) -> Tensor:
+    """(B, n) float32: ‖factor_n‖. In its own type, which is quicker, but where that overflows."""
+    wide = torch.float32 if factor.dtype == torch.float16 else None
+    length: Tensor = torch.linalg.vector_norm(factor, dim=2, dtype=wide)
+    return length.float()
 
 
 def add_dense_columns(plan: MatrixPlan, product: Tensor, out: Tensor) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import sdi
+from sdi.attention import torchs_own
 from sdi.errors import SdiError
 from sdi.oracle import step_gradients
 from sdi.sketch.reference import sketch_of_gradient
@@ -93,6 +94,7 @@ def measure(name: str, make: Callable[[], Case], seed: int = 0) -> Outcome:
     return Outcome(name, case.expected, case.bound, **found, seconds=time.monotonic() - begin)
 
 
+@torchs_own()
 def _compare(case: Case, found: dict[str, Any]) -> None:
     loop = sdi.Loop(case.model, case.body, tied=case.tied, **case.options)
     ids = names(case.rows)

@@ -1,0 +1,200 @@
+"""Attention in half precision has the gradients of float64, nearer than torch's own come."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+import sdi
+from sdi import attention as module
+from sdi.attention import attention, torchs_own
+from tests.looped import make, names, tokens
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+    """Types of the queries whose gradients were taken in float32."""
+    seen: list[torch.dtype] = []
+    real = module._Attention.apply
+
+    def apply(query: Tensor, *rest: Any) -> Any:
+        seen.append(query.dtype)
+        return real(query, *rest)
+
+    monkeypatch.setattr(module._Attention, "apply", apply)
+    return seen
+
+
+def _operands(kind: torch.dtype, keys: int = 12) -> list[Tensor]:
+    """Query, key and value as a model makes them: views of one product, heads in the middle."""
+    torch.manual_seed(0)
+    query, both = torch.randn(3, 12, 2, 8), torch.randn(3, keys, 2, 2, 8)
+    parts = (query, both[:, :, 0], both[:, :, 1])
+    return [part.to(kind).transpose(1, 2).detach().requires_grad_() for part in parts]
+
+
+def _gradients(call: Any, operands: list[Tensor], **options: Any) -> tuple[Tensor, ...]:
+    """Output and gradients for a fixed gradient of the output."""
+    torch.manual_seed(1)
+    found = call(*operands, **options)
+    delta = torch.randn(found.shape[0], found.shape[2], found.shape[1], found.shape[3])
+    delta = delta.transpose(1, 2).to(found.dtype)
+    return found.detach(), *torch.autograd.grad(found, operands, delta)
+
+
+def _masks(keys: int) -> dict[str, dict[str, Any]]:
+    torch.manual_seed(2)
+    keep = torch.rand(3, 1, 12, keys) > 0.3
+    keep[..., 0] = True
+    padded = torch.arange(keys)[None, None, None] < torch.tensor([3, keys, 5])[:, None, None, None]
+    return {
+        "plain": {},
+        "causal": {"is_causal": True},
+        "scaled": {"scale": 0.7},
+        "kept": {"attn_mask": keep},
+        "padded": {"attn_mask": padded},
+        "added": {"attn_mask": torch.randn(12, keys)},
+    }
+
+
+@pytest.mark.parametrize("name", list(_masks(12)))
+@pytest.mark.parametrize("keys", [12, 17])
+@pytest.mark.parametrize("kind", HALF, ids=str)
+def test_gradients(kind: torch.dtype, keys: int, name: str, served: list[torch.dtype]) -> None:
+    """Those of float64, no further off than torch's; the output is torch's to the bit."""
+    options = _masks(keys)[name]
+    mask = options.get("attn_mask")
+    if mask is not None and mask.is_floating_point():
+        options = {"attn_mask": mask.to(kind)}
+    operands = _operands(kind, keys)
+    found = _gradients(attention, operands, **options)
+    plain = _gradients(F.scaled_dot_product_attention, operands, **options)
+    wide = [t.detach().double().requires_grad_() for t in operands]
+    if mask is not None and mask.is_floating_point():
+        options = {"attn_mask": mask.to(kind).double()}
+    exact = _gradients(F.scaled_dot_product_attention, wide, **options)
+    assert served == [kind]
+    assert torch.equal(found[0], plain[0])
+    for ours, theirs, expected in zip(found[1:], plain[1:], exact[1:], strict=True):
+        assert ours.dtype == kind
+        off, torchs = ((t - expected).norm() / expected.norm() for t in (ours, theirs))
+        assert off < 4 * torch.finfo(kind).eps and off < 1.2 * torchs
+
+
+@pytest.mark.parametrize("kind", HALF, ids=str)
+def test_rows_that_see_nothing(kind: torch.dtype, served: list[torch.dtype]) -> None:
+    """A query whose keys are all masked has the output and the gradients that torch gives it."""
+    keep = torch.ones(3, 1, 12, 12, dtype=torch.bool)
+    keep[1, :, 4] = False
+    found, plain = (
+        _gradients(call, _operands(kind), attn_mask=keep)
+        for call in (attention, F.scaled_dot_product_attention)
+    )
+    torch.testing.assert_close(found, plain, rtol=0.05, atol=0.02, equal_nan=True)
+    assert served
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # under vmap
+def test_what_is_left_to_torch(served: list[torch.dtype]) -> None:
+    """Other types, long rows, dropout, grouped heads, some masks, other kernels, transforms."""
+    query, key, value = _operands(torch.bfloat16)
+    mask = torch.zeros(12, 12, dtype=torch.bfloat16)
+    attention(*_operands(torch.float32))
+    attention(*_operands(torch.float64))
+    attention(query, key, value, dropout_p=0.1)
+    attention(query, key[:, :1], value[:, :1], enable_gqa=True)
+    attention(query, key, value, mask.clone().requires_grad_())
+    attention(query, key, value, mask.float())
+    attention(query, key, value, mask, is_causal=True)
+    attention(query[0], key[0], value[0])
+    attention(*(t.detach() for t in (query, key, value)))
+    long = torch.zeros(1, 1, (module.SHORT >> 3) + 1, 8, dtype=torch.bfloat16, requires_grad=True)
+    if module.multiplies_bfloat16(long.device):
+        attention(long, long, long)
+    with sdpa_kernel(SDPBackend.MATH):
+        attention(query, key, value)
+    with torch.autocast("cpu", torch.bfloat16):
+        attention(query, key, value)
+    with torch.no_grad():
+        attention(query, key, value)
+    torch.func.vmap(attention)(*(t[:, None] for t in (query, key, value)))
+    with torchs_own():
+        attention(query, key, value)
+    assert not served
+    attention(query, key, value)
+    assert served == [torch.bfloat16]
+
+
+@pytest.mark.parametrize("mask", [torch.ones(5, 5).bool(), torch.ones(12, 12).long()])
+def test_errors_are_those_of_torch(mask: Tensor) -> None:
+    """Of masks that do not fit."""
+    messages = []
+    for call in (attention, F.scaled_dot_product_attention):
+        with pytest.raises(RuntimeError) as caught:
+            call(*_operands(torch.bfloat16), mask)
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+
+
+def test_second_derivatives_are_refused_as_by_torch(served: list[torch.dtype]) -> None:
+    """Flash attention has none."""
+    for call in (attention, F.scaled_dot_product_attention):
+        operands = _operands(torch.bfloat16)
+        first = torch.autograd.grad(call(*operands).sum(), operands[0], create_graph=True)[0]
+        with pytest.raises(RuntimeError, match=r"derivative for .* is not implemented"):
+            torch.autograd.grad(first.sum(), operands[1])
+    assert served
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_gradients_in_batches(served: list[torch.dtype]) -> None:
+    """Several gradients of one output at once, as vmap takes them."""
+    operands = _operands(torch.bfloat16)
+    found = attention(*operands)
+    deltas = torch.randn(4, *found.shape).bfloat16()
+    batched = torch.autograd.grad(found, operands, deltas, is_grads_batched=True, retain_graph=True)
+    single = [torch.autograd.grad(found, operands, d, retain_graph=True) for d in deltas]
+    for ours, expected in zip(batched, zip(*single, strict=True), strict=True):
+        torch.testing.assert_close(ours, torch.stack(expected), rtol=0.05, atol=0.02)
+    assert served
+
+
+class _Attending(nn.Module):
+    """A block of attention, plain and checkpointed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(16, 48) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self._attend(self.a(x))
+        return x + checkpoint(lambda y: self._attend(self.b(y)), x, use_reentrant=False)
+
+    @staticmethod
+    def _attend(projected: Tensor) -> Tensor:
+        query, key, value = projected.view(*projected.shape[:2], 3, 2, 8).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        return mixed.transpose(1, 2).flatten(2)
+
+
+def test_a_pass(served: list[torch.dtype]) -> None:
+    """Sketches of a bfloat16 model are those of the same weights in float32."""
+    batch = tokens()
+    rows = names(len(batch["input_ids"]))
+    model = make(_Attending()).bfloat16()
+    part = sdi.Sketcher(sdi.Loop(model, "body"), dim=256)(batch, rows)
+    assert len(served) >= 2 * part.values.shape[1]
+    wide = sdi.Sketcher(sdi.Loop(model.float(), "body"), dim=256)(batch, rows)
+    error = (part.values - wide.values).norm() / wide.values.norm()
+    assert error < 0.03
+    served.clear()
+    report = sdi.self_check(sdi.Sketcher(sdi.Loop(model.bfloat16(), "body"), dim=256), batch, rows)
+    assert report.worst < 1e-2 and not served
