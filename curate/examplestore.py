@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from curate import atomic
@@ -197,6 +196,8 @@ class ExampleStore:
         staged.replace(target)
 
     def _record(self, examples: ExampleSet, target: Path, fingerprint: str) -> SetEntry:
+        import pyarrow.parquet as pq  # 50 ms, which readers need not wait for
+
         parts, first = [], 0
         for path in sorted(target.glob("part-*.parquet")):
             last = first + pq.read_metadata(path).num_rows
@@ -220,6 +221,8 @@ class ExampleStore:
 
 def rows_fingerprint(parts: list[Path], rows: int | None = None) -> str:
     """Digest of the ids and content hashes of the first `rows` rows, in order."""
+    import pyarrow.parquet as pq
+
     digest, left = hashlib.sha256(), rows
     for path in parts:
         for batch in pq.ParquetFile(path).iter_batches(columns=["id", "content_hash"]):

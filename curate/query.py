@@ -10,12 +10,7 @@ text and tokens need not be read for it.
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -26,13 +21,12 @@ import polars as pl
 
 from curate.errors import CurateError, UsageError
 from curate.examplestore import ExampleStore
+from curate.sandboxed import sandbox
 
 if TYPE_CHECKING:
     from curate.manifest import File
     from curate.rundir import RunDirectory
 
-START_SECONDS = 20.0  # allowed for starting the process, on top of the statement's own time
-_KEPT_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONPATH", "SYSTEMROOT")
 _POSITION = "position__"
 
 
@@ -220,12 +214,10 @@ def read(
         CurateError: it needed more memory or time than `limits`.
     """
     limits = limits or Limits()
-    with tempfile.TemporaryDirectory(prefix="curate-sql-") as name:
-        private = Path(name)
-        spill = private / "spill"
+    with sandbox() as process:
+        spill, out = process.directory / "spill", process.directory / "answer.arrow"
         spill.mkdir()
-        out = private / "answer.arrow"
-        request = _request(statement, tables, dict(views or {}), private)
+        request = _request(statement, tables, dict(views or {}), process.directory)
         request |= {
             "statement": statement,
             "params": params,
@@ -235,7 +227,7 @@ def read(
             "spill": str(spill),
             "out": str(out),
         }
-        _raise_for(_ask(request, limits, private), limits)
+        _raise_for(process.ask(request, limits.timeout), limits)
         return _answer(out)
 
 
@@ -306,37 +298,6 @@ def _files(content: Content, path: Path, whole: bool) -> dict[str, Any]:
     frame = content if whole else content.head(0)
     frame.sink_ipc(path, compression="uncompressed", compat_level=pl.CompatLevel.oldest())
     return {"format": "arrow", "paths": [str(path)]}
-
-
-def _ask(request: dict[str, Any], limits: Limits, private: Path) -> dict[str, Any]:
-    """The sandbox's reply; a process that was killed or died replies by how it ended."""
-    script = Path(__file__).with_name("sandbox.py")
-    environment = {key: os.environ[key] for key in _KEPT_ENVIRONMENT if key in os.environ}
-    try:
-        ended = subprocess.run(
-            [sys.executable, "-P", str(script)],
-            input=_json(request),
-            capture_output=True,
-            text=True,
-            cwd=private,
-            env=environment | {"HOME": str(private), "TMPDIR": str(private)},
-            timeout=limits.timeout + START_SECONDS,
-        )
-    except subprocess.TimeoutExpired:
-        return {"kind": "time", "message": ""}
-    try:
-        reply: dict[str, Any] = json.loads(ended.stdout)
-    except ValueError:
-        kind = "memory" if ended.returncode < 0 or "bad_alloc" in ended.stderr else "crash"
-        return {"kind": kind, "message": ended.stderr.strip()[-300:]}
-    return reply
-
-
-def _json(request: dict[str, Any]) -> str:
-    try:
-        return json.dumps(request)
-    except TypeError as error:
-        raise UsageError(f"a parameter is not a number, text, list or null: {error}") from error
 
 
 def _raise_for(reply: dict[str, Any], limits: Limits) -> None:

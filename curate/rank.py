@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ import polars as pl
 
 from curate.errors import UsageError
 from curate.query import evaluate
+from curate.sandboxed import prepared
 
 if TYPE_CHECKING:
     from curate.rundir import RunDirectory
@@ -36,24 +38,25 @@ class RankConfig:
 
 
 def scored(
-    frame: pl.DataFrame, by: str, *, descending: bool = True, where: str | None = None
+    frame: pl.DataFrame,
+    by: str,
+    *,
+    descending: bool = True,
+    where: str | None = None,
+    columns: pl.DataFrame | None = None,
 ) -> pl.DataFrame:
     """`frame` with score, score_se (where `by` is a column that has one), rank, and `passes`.
 
     `rank` counts from 1 among all rows that have a score and pass; ties go by `row`. A score that
-    is NaN counts as none. `passes` is False where `where` is false or NULL.
+    is NaN counts as none. `passes` is False where `where` is false or NULL. `columns` are the score
+    and the condition of these rows where `evaluated` has given them before.
 
     Raises:
         UsageError: `by` is not a number for each row, or `where` is not a condition.
     """
-    columns = _columns(frame, by, where)
-    score = columns["by"]
-    if not score.dtype.is_numeric():
-        raise UsageError(f"--by {by!r} gives {score.dtype}, expected numbers to order rows by")
+    known = evaluated(frame, by, where) if columns is None else columns
     found = frame.drop("score", "score_se", "rank", "passes", strict=False).with_columns(
-        score.cast(pl.Float64).fill_nan(None).alias("score"),
-        _standard_error(frame, by).alias("score_se"),
-        columns["where"].fill_null(False).alias("passes"),
+        known["score"], _standard_error(frame, by).alias("score_se"), known["passes"]
     )
     order = (
         found.filter(pl.col("passes") & pl.col("score").is_not_null())
@@ -65,24 +68,29 @@ def scored(
     return found.join(order, on="row", how="left", maintain_order="left")
 
 
-def _columns(frame: pl.DataFrame, by: str, where: str | None) -> pl.DataFrame:
-    """Columns `by` and `where` over the rows of `frame`; plain names need no SQL."""
+def evaluated(frame: pl.DataFrame, by: str, where: str | None) -> pl.DataFrame:
+    """`score` (float64, NULL where NaN) and `passes` of the rows of `frame`; names need no SQL.
+
+    Raises UsageError as `scored`.
+    """
     expressions = {} if by in frame.columns else {"by": by}
     if where is not None:
         expressions["where"] = where
-    plain = {"where": pl.repeat(True, frame.height, eager=True)}
-    if by in frame.columns:
-        plain["by"] = frame[by]
-    found = pl.DataFrame(plain)
-    if expressions:
-        found = found.with_columns(evaluate(frame, expressions))
-    if where is None:
-        return found
-    if found["where"].dtype not in (pl.Boolean, pl.Null):
+    found = evaluate(frame, expressions) if expressions else pl.DataFrame()
+    score = frame[by] if by in frame.columns else found["by"]
+    if not score.dtype.is_numeric():
+        raise UsageError(f"--by {by!r} gives {score.dtype}, expected numbers to order rows by")
+    passes = pl.repeat(True, frame.height, eager=True) if where is None else found["where"]
+    if passes.dtype not in (pl.Boolean, pl.Null):
         raise UsageError(
-            f"--where {where!r} gives {found['where'].dtype}, expected a condition like total > 0"
+            f"--where {where!r} gives {passes.dtype}, expected a condition like total > 0"
         )
-    return found.with_columns(pl.col("where").cast(pl.Boolean))
+    return pl.DataFrame(
+        {
+            "score": score.cast(pl.Float64).fill_nan(None),
+            "passes": passes.cast(pl.Boolean).fill_null(False),
+        }
+    )
 
 
 def _standard_error(frame: pl.DataFrame, by: str) -> pl.Series:
@@ -92,14 +100,18 @@ def _standard_error(frame: pl.DataFrame, by: str) -> pl.Series:
     return pl.repeat(None, frame.height, dtype=pl.Float64, eager=True)
 
 
-def rank_frame(frame: pl.DataFrame, config: RankConfig) -> pl.DataFrame:
+def rank_frame(
+    frame: pl.DataFrame, config: RankConfig, columns: pl.DataFrame | None = None
+) -> pl.DataFrame:
     """The rows of `frame` that pass, best first; score and rank beside what identifies them.
 
-    Raises UsageError for what `scored` refuses, or a `top` below 1.
+    `columns` as for `scored`. Raises UsageError for what that refuses, or a `top` below 1.
     """
     if config.top is not None and config.top < 1:
         raise UsageError(f"--top is {config.top}, expected 1 or more")
-    found = scored(frame, config.by, descending=config.descending, where=config.where)
+    found = scored(
+        frame, config.by, descending=config.descending, where=config.where, columns=columns
+    )
     best = _arranged(found.filter(pl.col("rank").is_not_null()).sort("rank"))
     return best if config.top is None else best.head(config.top)
 
@@ -152,26 +164,37 @@ def _ranked(tables: Tables, config: RankConfig) -> pl.DataFrame:
     without ORDER BY sees the same neighbours. A join of the Parquet files in SQL keeps no order.
     """
     text = f"{config.by} {config.where or ''}".lower()
-    influence, _ = tables
-    missing = config.by not in influence.collect_schema().names() or config.where is not None
-    table = _joined(tables) if missing else influence
-    names = table.collect_schema().names()
-    wanted = [name for name in names if name in ("row", f"{config.by}_se") or name.lower() in text]
-    frame = table.select(wanted).collect()
-    return rank_frame((_front(frame, config) if not missing else frame).sort("row"), config)
+
+    def named(table: pl.LazyFrame) -> list[str]:
+        names = table.collect_schema().names()
+        return [n for n in names if n in ("row", f"{config.by}_se") or n.lower() in text]
+
+    influence, examples = tables
+    alone = config.by in named(influence) and config.where is None  # a row without has no rank
+    if not alone:
+        alone = set(named(examples)) <= {"row"} | set(named(influence)) and _same_rows(tables)
+    table = influence if alone else _joined(tables)
+    frame = table.select(named(table)).collect().sort("row")
+    columns = evaluated(frame, config.by, config.where)
+    front = _front(columns, config)
+    return rank_frame(frame.filter(front), config, columns.filter(front))
 
 
-def _front(frame: pl.DataFrame, config: RankConfig) -> pl.DataFrame:
-    """The rows that reach the `top` place by a plain column, ties included."""
-    score = frame[config.by]
-    if config.top is None or not score.dtype.is_numeric():
-        return frame
-    score = score.cast(pl.Float64).fill_nan(None)
-    first = score.drop_nulls()
-    ends = first.top_k(config.top) if config.descending else first.bottom_k(config.top)
-    if not len(ends):
-        return frame
-    return frame.filter(score >= ends.min() if config.descending else score <= ends.max())
+def _same_rows(tables: Tables) -> bool:
+    """Whether every row has an influence, so that a join takes none and adds none."""
+    counts = [table.select(pl.len()).collect().item() for table in tables]
+    return bool(counts[0] == counts[1])
+
+
+def _front(columns: pl.DataFrame, config: RankConfig) -> pl.Series:
+    """(N,) bool: the rows that reach the `top` place, ties included."""
+    score, passes = columns["score"], columns["passes"]
+    first = score.filter(passes).drop_nulls()
+    if config.top is None or len(first) <= config.top:
+        return passes
+    if config.descending:
+        return passes & (score >= first.top_k(config.top).min()).fill_null(False)
+    return passes & (score <= first.bottom_k(config.top).max()).fill_null(False)
 
 
 def rank(
@@ -190,11 +213,15 @@ def rank(
     they may mean columns that they do not name (`COLUMNS('s0.')`, `*`), all are read whole.
     """
     config = RankConfig(by=by, descending=descending, where=where, top=top)
-    query = default_query(run, query)
-    tables = _tables(run, query)
+    tables = _tables(run, default_query(run, query))
     plain = by in tables[0].collect_schema().names()
-    texts = (where or "", "" if plain else by)
-    if top is None or top < 1 or any(map(_EXPANDS.search, texts)):
+    with nullcontext() if plain and where is None else prepared():
+        return _rank(tables, config, ("" if plain else by, where or ""))
+
+
+def _rank(tables: Tables, config: RankConfig, expressions: tuple[str, str]) -> pl.DataFrame:
+    """The best rows with all their columns, of which few are read whole where that will do."""
+    if config.top is None or config.top < 1 or any(map(_EXPANDS.search, expressions)):
         return rank_frame(_joined(tables).sort("row").collect(), config)
     try:
         best = _ranked(tables, config)

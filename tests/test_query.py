@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import numpy as np
@@ -12,7 +13,7 @@ import polars as pl
 import pytest
 from polars.testing import assert_frame_equal
 
-from curate import atomic, query
+from curate import atomic, query, sandboxed
 from curate.errors import CurateError, UsageError
 from curate.examplestore import ExampleStore
 from curate.manifest import ShardEntry
@@ -164,16 +165,42 @@ def test_writing_is_refused_end_to_end(tmp_path: Path) -> None:
 def test_environment_is_not_inherited(monkeypatch: pytest.MonkeyPatch) -> None:
     """The process that runs SQL is started without the caller's environment."""
     monkeypatch.setenv("SOME_TOKEN", "hidden")
-    seen: dict[str, object] = {}
+    seen: dict[str, Any] = {}
+    start = subprocess.Popen
 
-    def started(*_: object, **options: object) -> object:
+    def started(*arguments: Any, **options: Any) -> Any:
         seen.update(options)
-        raise query.subprocess.TimeoutExpired("sandbox", 1)
+        return start(*arguments, **options)
 
-    monkeypatch.setattr(query.subprocess, "run", started)
-    with pytest.raises(CurateError):
-        ask("SELECT 1")
-    assert "SOME_TOKEN" not in json.dumps(seen["env"])
+    monkeypatch.setattr(subprocess, "Popen", started)
+    ask("SELECT 1")
+    assert "PATH" in seen["env"] and "SOME_TOKEN" not in seen["env"]
+
+
+def test_a_prepared_process_serves_the_next_statement_and_ends(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One process for each statement, prepared or not, and none is left."""
+    made: list[sandboxed.Sandbox] = []
+    init = sandboxed.Sandbox.__init__
+
+    def noted(self: sandboxed.Sandbox) -> None:
+        init(self)
+        made.append(self)
+
+    monkeypatch.setattr(sandboxed.Sandbox, "__init__", noted)
+    with sandboxed.prepared():
+        assert len(made) == 1
+        assert ask("SELECT 1 AS one")["one"].to_list() == [1]
+        assert len(made) == 1
+        ask("SELECT 2")
+        assert len(made) == 2
+    with pytest.raises(UsageError), sandboxed.prepared():  # not asked
+        raise UsageError("something else")
+    with pytest.raises(UsageError, match="parameter"):
+        ask("SELECT ?", params=[object()])
+    assert len(made) == 4
+    assert all(s._process.returncode is not None and not s.directory.exists() for s in made)
 
 
 @pytest.mark.parametrize(

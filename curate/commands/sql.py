@@ -14,6 +14,7 @@ from curate.commands.options import (
     run_argument,
 )
 from curate.console import emit
+from curate.sandboxed import prepared
 
 
 @click.command("sql")
@@ -39,16 +40,17 @@ def command(
     It can only read, and sees the tables examples, influence, influence_long, tops, decisions and
     steps; no files, no network.
     """
-    from curate import query
-    from curate.rundir import RunDirectory
-
     text = sys.stdin.read() if statement == "-" else statement
-    table = query.sql(
-        RunDirectory.open(run),
-        text,
-        params=params or None,
-        memory_limit=memory_limit,
-        threads=threads,
-        timeout=timeout,
-    )
+    with prepared():
+        from curate import query
+        from curate.rundir import RunDirectory
+
+        table = query.sql(
+            RunDirectory.open(run),
+            text,
+            params=params or None,
+            memory_limit=memory_limit,
+            threads=threads,
+            timeout=timeout,
+        )
     emit(table, chosen_output(overwrite=overwrite))
