@@ -75,7 +75,7 @@ LOOPED = (
     _paper("paper bf16", HALF),
 )
 ORDINARY = (
-    Case("ordinary", 256, 256, 4, 2048, 4, blocks=4, looped=False, seeds=8),
+    Case("ordinary", 256, 256, 4, 2048, 4, blocks=4, looped=False, seeds=8, sizes=(4, 16, 32)),
     Case("ordinary bf16", 256, 256, 4, 2048, 4, HALF, blocks=4, looped=False, seeds=8),
 )
 TINY = Case(
