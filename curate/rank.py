@@ -215,7 +215,8 @@ def rank(
     config = RankConfig(by=by, descending=descending, where=where, top=top)
     tables = _tables(run, default_query(run, query))
     plain = by in tables[0].collect_schema().names()
-    with nullcontext() if plain and where is None else prepared():
+    is_name = plain or by in tables[1].collect_schema().names()
+    with nullcontext() if is_name and where is None else prepared():
         return _rank(tables, config, ("" if plain else by, where or ""))
 
 

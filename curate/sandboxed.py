@@ -12,16 +12,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import TracebackType
 from typing import Any
 
 from curate.errors import UsageError
 
 START_SECONDS = 20.0  # allowed for starting the process, on top of the statement's own time
 _KEPT_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONPATH", "SYSTEMROOT")
-_ready: list[Sandbox] = []
+_ready: ContextVar[list[Sandbox]] = ContextVar("processes that no statement has taken")
 
 
 class Sandbox:
@@ -36,15 +36,19 @@ class Sandbox:
         self.directory = Path(self._files.name)
         environment = {key: os.environ[key] for key in _KEPT_ENVIRONMENT if key in os.environ}
         private = {"HOME": self._files.name, "TMPDIR": self._files.name}
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", str(Path(__file__).with_name("sandbox.py"))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=self._files.name,
-            env=environment | private,
-        )
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", str(Path(__file__).with_name("sandbox.py"))],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                cwd=self._files.name,
+                env=environment | private,
+            )
+        except BaseException:
+            self._files.cleanup()
+            raise
 
     def ask(self, request: dict[str, Any], timeout: float) -> dict[str, Any]:
         """The reply; a process that was killed, died or took too long replies by how it ended.
@@ -66,15 +70,7 @@ class Sandbox:
             return {"kind": "memory" if killed else "crash", "message": err.strip()[-300:]}
         return reply
 
-    def __enter__(self) -> Sandbox:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         """End the process, whatever it does, and drop its directory."""
         self._process.kill()
         with self._process:  # closes the pipes and waits
@@ -84,18 +80,25 @@ class Sandbox:
 
 @contextmanager
 def prepared() -> Iterator[None]:
-    """Within, the next statement finds its process started."""
-    with Sandbox() as sandbox:
-        _ready.append(sandbox)
-        try:
-            yield
-        finally:
-            if sandbox in _ready:
-                _ready.remove(sandbox)
+    """Within, in this thread, the next statement finds its process started."""
+    mine = [Sandbox()]
+    token = _ready.set(mine)
+    try:
+        yield
+    finally:
+        _ready.reset(token)
+        for process in mine:  # who takes it ends it
+            process.close()
 
 
 @contextmanager
 def sandbox() -> Iterator[Sandbox]:
     """A process for one statement: one that is prepared, or a new one."""
-    with _ready.pop() if _ready else Sandbox() as found:
+    try:
+        found = _ready.get([]).pop()
+    except IndexError:
+        found = Sandbox()
+    try:
         yield found
+    finally:
+        found.close()

@@ -11,7 +11,8 @@ instead of 3 to 5·10⁻³.
 In a deep recurrence the rounding of half precision grows, and two ways to the same gradient differ:
 in a TRM of 18 steps with bfloat16 activations this one and plain autograd by 0.4 to 3.5 %, where
 either is 3 to 200 % off float64. A check against plain autograd must not take that for an error of
-the pass, so it runs with torch's own gradient (`torchs_own`).
+the pass, so it runs with torch's own gradient (`torchs_own`) and compares the two loosely. Whether
+a row's attention goes this way depends on T, the width of its batch.
 
 The forward pass is the call that torch itself makes. What is left to torch whole: float32, dropout,
 fewer heads of keys than of queries, masks that require a gradient, autocast, tensors that are not
@@ -26,7 +27,6 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sdi.onednn import is_plain, is_transformed
@@ -38,6 +38,7 @@ SHORT = 1 << 13
 _FLASH = 1  # torch.nn.attention.SDPBackend.FLASH_ATTENTION
 _aten = torch.ops.aten
 _left: ContextVar[bool] = ContextVar("attention is left to torch", default=False)
+_served = [0]
 
 
 @contextmanager
@@ -50,6 +51,11 @@ def torchs_own() -> Iterator[None]:
         _left.reset(token)
 
 
+def served() -> int:
+    """How many calls of this process were not left to torch."""
+    return _served[0]
+
+
 def attention(
     query: Tensor,
     key: Tensor,
@@ -60,15 +66,15 @@ def attention(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> Tensor:
-    """As `F.scaled_dot_product_attention`, whose names the arguments have; (B, H, T, D) each."""
-    if not (dropout_p or enable_gqa) and _suits(query, key, value, attn_mask, is_causal, scale):
-        mask = _added(attn_mask, query.dtype)
-        found: Tensor = _Attention.apply(query, key, value, mask, is_causal, scale)  # type: ignore[no-untyped-call]
-        return found
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-    )
+) -> Tensor | None:
+    """As `F.scaled_dot_product_attention`, or None where it is to be left to it; (B, H, T, D)."""
+    plain = enable_gqa is False and dropout_p == 0.0 and not _left.get()
+    if not plain or not _suits(query, key, value, attn_mask, is_causal, scale):
+        return None
+    _served[0] += 1
+    mask = _added(attn_mask, query.dtype)
+    found: Tensor = _Attention.apply(query, key, value, mask, is_causal, scale)  # type: ignore[no-untyped-call]
+    return found
 
 
 class _Attention(torch.autograd.Function):
@@ -114,10 +120,13 @@ def _suits(
     scale: float | None,
 ) -> bool:
     operands = (query, key, value)
-    if _left.get() or not (torch.is_grad_enabled() and all(is_plain(t, HALF) for t in operands)):
+    if not (torch.is_grad_enabled() and all(is_plain(t, HALF) and t.numel() for t in operands)):
         return False
     if mask is not None and (
-        causal or mask.requires_grad or not is_plain(mask, (query.dtype, torch.bool))
+        causal
+        or not is_plain(mask, (query.dtype, torch.bool))
+        or mask.requires_grad
+        or mask.ndim not in (2, 4)  # torch's wrapper gives others their axes
     ):
         return False
     return (

@@ -38,7 +38,7 @@ from sdi.batchrows import tagged
 from sdi.eager import eager
 from sdi.fullgraph import full_graph
 from sdi.loop import Loop
-from sdi.quicker import quicker
+from sdi.quicker import runner
 from sdi.recompute import Operands, in_replayed_region, reentrant, restored
 from sdi.rowflow import pass_on
 from sdi.rowrandom import seeded_rows
@@ -140,7 +140,8 @@ class _CaptureMode(TorchFunctionMode):
     def __init__(self, loop: Loop, sink: Sink, size: int) -> None:
         super().__init__()
         self.steps = StepCounter(loop)
-        self.replaying = False
+        self._run = runner()
+        self.replaying = self.narrow = False
         self.served: dict[str, set[str]] = {}
         self._loop, self._sink, self._size = loop, sink, size
         self._weights: dict[int, Weight] = {}
@@ -151,7 +152,6 @@ class _CaptureMode(TorchFunctionMode):
         self._used: set[int] = set()
         self._blind: set[int] = set()
         self._hidden = 0
-        self.narrow = False
         self._outside: set[str] = set()
         self._unmade: dict[int, Use] = {}
 
@@ -164,7 +164,7 @@ class _CaptureMode(TorchFunctionMode):
         others = [t for t in operands if id(t) not in self._weights]
         carriers = [t for t in others if is_tagged(t) or t.requires_grad]
         if len(others) == len(operands):
-            output = quicker(func)(*args, **kwargs)
+            output = self._run(func, args, kwargs)
             return self._passed(func, args, kwargs, output, carriers)
         if func in CONSTANTS or not torch.is_grad_enabled():
             return self._blind_use(func, args, kwargs, carriers)
@@ -222,7 +222,7 @@ class _CaptureMode(TorchFunctionMode):
         weights: dict[tuple[str, Any], Weight] = {}
         run = tuple(self._swapped(("args", i), v, weights) for i, v in enumerate(args))
         run_named = {k: self._swapped(("kwargs", k), v, weights) for k, v in kwargs.items()}
-        output = quicker(func)(*run, **run_named)
+        output = self._run(func, run, run_named)
         if not isinstance(output, Tensor):
             return self._many_outputs(func, weights, output)
         if not (output.is_floating_point() or output.is_complex()):

@@ -18,7 +18,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdi.sketch.costs import costs
@@ -30,12 +29,14 @@ DIGITS = 6
 """Binary digits of a number of tokens that count: 32 numbers between two powers of two."""
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any) -> Tensor:
-    """As `F.linear`, whose names the arguments have; input (..., C), weight (R, C), bias (R,)."""
-    if not options and _suits(input, weight, bias):
-        found: Tensor = _Linear.apply(input, weight, bias)  # type: ignore[no-untyped-call]
-        return found
-    return F.linear(input, weight, bias, **options)
+def linear(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None, **options: Any
+) -> Tensor | None:
+    """As `F.linear`, or None where that does better; input (..., C), weight (R, C), bias (R,)."""
+    if options or not _suits(input, weight, bias):
+        return None
+    found: Tensor = _Linear.apply(input, weight, bias)  # type: ignore[no-untyped-call]
+    return found
 
 
 class _Linear(torch.autograd.Function):
@@ -93,8 +94,9 @@ def _gains(input: Tensor, weight: Tensor) -> bool:
 
 def is_plain(tensor: Tensor, kinds: tuple[torch.dtype, ...]) -> bool:
     """Whether it is no subclass, and its numbers lie in a CPU's memory as one of `kinds`."""
-    usual = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_nested
-    usual = usual and tensor.layout is torch.strided
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.is_nested:
+        return False
+    usual = tensor.layout is torch.strided
     return usual and tensor.dtype in kinds and tensor.device.type == "cpu"
 
 

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import sdi
 from sdi import attention as module
-from sdi.attention import attention, torchs_own
+from sdi.attention import torchs_own
+from sdi.errors import SelfCheckError
+from sdi.quicker import run
 from tests.looped import make, names, tokens
 
 HALF = [torch.bfloat16, torch.float16]
+
+
+def attention(*args: Any, **kwargs: Any) -> Tensor:
+    """Attention as a captured pass runs it."""
+    found: Tensor = run(F.scaled_dot_product_attention, args, kwargs)
+    return found
 
 
 @pytest.fixture
@@ -133,15 +143,34 @@ def test_what_is_left_to_torch(served: list[torch.dtype]) -> None:
     assert served == [torch.bfloat16]
 
 
-@pytest.mark.parametrize("mask", [torch.ones(5, 5).bool(), torch.ones(12, 12).long()])
-def test_errors_are_those_of_torch(mask: Tensor) -> None:
-    """Of masks that do not fit."""
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attn_mask": torch.ones(5, 5).bool()},
+        {"attn_mask": torch.ones(12, 12).long()},
+        {"attn_mask": np.ones((12, 12))},
+        {"dropout_p": None},
+        {"enable_gqa": 0},
+    ],
+)
+def test_errors_are_those_of_torch(options: dict[str, Any]) -> None:
+    """Of masks that do not fit, and of options of a wrong type."""
     messages = []
     for call in (attention, F.scaled_dot_product_attention):
-        with pytest.raises(RuntimeError) as caught:
-            call(*_operands(torch.bfloat16), mask)
+        with pytest.raises((RuntimeError, TypeError)) as caught:
+            call(*_operands(torch.bfloat16), **options)
         messages.append(str(caught.value))
     assert messages[0] == messages[1]
+
+
+@pytest.mark.parametrize("shape", [(2, 0, 5, 8), (0, 2, 5, 8), (2, 2, 0, 8)])
+@pytest.mark.parametrize("mask", [None, torch.ones(0).bool(), torch.ones(()).bool()])
+def test_nothing_to_attend_to(shape: tuple[int, ...], mask: Tensor | None) -> None:
+    """No heads, no rows, no tokens: torch gives an empty output."""
+    empty = torch.zeros(shape, dtype=torch.bfloat16, requires_grad=True)
+    if mask is not None and shape[2]:
+        mask = None
+    assert attention(empty, empty, empty, mask).shape == shape
 
 
 def test_second_derivatives_are_refused_as_by_torch(served: list[torch.dtype]) -> None:
@@ -185,6 +214,69 @@ class _Attending(nn.Module):
         return mixed.transpose(1, 2).flatten(2)
 
 
+class _Sharper(TorchFunctionMode):
+    """A caller's own mode: attention with three times the scores."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.scaled_dot_product_attention:
+            args = (3 * args[0], *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
+def test_a_callers_own_mode_is_obeyed(kind: torch.dtype, served: list[torch.dtype]) -> None:
+    """A mode that is open around a pass sees its calls; that of a default device costs nothing."""
+    batch, model = tokens(), make(_Attending()).to(kind)
+    rows = names(len(batch["input_ids"]))
+    sketcher = sdi.Sketcher(sdi.Loop(model, "body"), dim=256)
+    with _Sharper():
+        part = sketcher(batch, rows)
+        sdi.self_check(sketcher, batch, rows)
+        expected = sdi.causal_lm_loss(model, batch).detach().float()
+    assert not served
+    torch.testing.assert_close(part.losses.float(), expected, rtol=1e-2, atol=1e-2)
+    with torch.device("cpu"):
+        sketcher(batch, rows)
+    assert bool(served) == (kind == torch.bfloat16)
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
+def test_a_wrapper_is_called_once(kind: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention that somebody has wrapped after the import of sdi is not wrapped again inside."""
+    real, called = F.scaled_dot_product_attention, []
+
+    def wrapper(query: Tensor, *rest: Any, **options: Any) -> Tensor:
+        called.append(1)
+        return real(3 * query, *rest, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", wrapper)
+    batch, model = tokens(), make(_Attending()).to(kind)
+    rows = names(len(batch["input_ids"]))
+    sketcher = sdi.Sketcher(sdi.Loop(model, "body"), dim=256)
+    steps = sketcher(batch, rows).values.shape[1]
+    assert len(called) == 3 * steps  # the checkpointed one runs again
+    sdi.self_check(sketcher, batch, rows)
+
+
+@pytest.mark.parametrize("broken", ["output", "gradient"])
+def test_the_self_check_sees_attention_gone_wrong(
+    broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pass as it is run is compared with the one that is checked closely."""
+    batch, model = tokens(), make(_Attending()).bfloat16()
+    rows = names(len(batch["input_ids"]))
+    real = module._Attention.apply
+
+    def apply(query: Tensor, *rest: Any) -> Any:
+        found = real(query, *rest)
+        return 1.5 * found if broken == "output" else found.detach() + 0 * found
+
+    monkeypatch.setattr(module._Attention, "apply", apply)
+    sketcher = sdi.Sketcher(sdi.Loop(model, "body"), dim=256)
+    with pytest.raises(SelfCheckError, match="attention in half precision"):
+        sdi.self_check(sketcher, batch, rows)
+
+
 def test_a_pass(served: list[torch.dtype]) -> None:
     """Sketches of a bfloat16 model are those of the same weights in float32."""
     batch = tokens()
@@ -197,4 +289,4 @@ def test_a_pass(served: list[torch.dtype]) -> None:
     assert error < 0.03
     served.clear()
     report = sdi.self_check(sdi.Sketcher(sdi.Loop(model.bfloat16(), "body"), dim=256), batch, rows)
-    assert report.worst < 1e-2 and not served
+    assert report.worst < 1e-2 and len(served) <= 2 * part.values.shape[1] * 2

@@ -15,12 +15,19 @@ from torch.utils.checkpoint import checkpoint
 
 import sdi
 from sdi import onednn
+from sdi.quicker import run
 from tests.looped import Custom, make, names, tokens
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"),
     reason="this torch has no oneDNN",
 )
+
+
+def linear(*args: Any, **kwargs: Any) -> Tensor:
+    """A linear layer as a captured pass runs it."""
+    found: Tensor = run(F.linear, args, kwargs)
+    return found
 
 
 @pytest.fixture
@@ -48,7 +55,7 @@ def test_values_and_derivatives(
     torch.manual_seed(0)
     x, weight = torch.randn(shape, requires_grad=True), torch.randn(6, 8)
     added = torch.randn(6) if bias else None
-    found, expected = onednn.linear(x, weight, added), F.linear(x, weight, added)
+    found, expected = linear(x, weight, added), F.linear(x, weight, added)
     assert not found._is_view()
     torch.testing.assert_close(found, expected)
     delta = torch.randn_like(expected)
@@ -62,7 +69,7 @@ def test_layouts(products: list[tuple[int, ...]]) -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 8, 5).transpose(1, 2).requires_grad_()
     weight = torch.randn(8, 6).t()
-    found, expected = onednn.linear(x, weight), F.linear(x, weight)
+    found, expected = linear(x, weight), F.linear(x, weight)
     torch.testing.assert_close(found, expected)
     for delta in (torch.ones(()).expand(4, 5, 6), torch.randn(6, 5, 4).permute(2, 1, 0)):
         gradients = [
@@ -86,7 +93,7 @@ def test_biases_however_they_lie(bias: Tensor, products: list[tuple[int, ...]]) 
     """Those that are no run of numbers in memory are added as they read."""
     torch.manual_seed(0)
     x, weight = torch.randn(4, 5, 8), torch.randn(6, 8)
-    torch.testing.assert_close(onednn.linear(x, weight, bias), F.linear(x, weight, bias))
+    torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias))
     assert products
 
 
@@ -95,7 +102,7 @@ def test_biases_that_broadcast(shape: tuple[int, ...], products: list[tuple[int,
     """What torch adds by broadcasting is left to it."""
     torch.manual_seed(0)
     x, weight, bias = torch.randn(4, 5, 8), torch.randn(6, 8), torch.randn(shape)
-    torch.testing.assert_close(onednn.linear(x, weight, bias), F.linear(x, weight, bias))
+    torch.testing.assert_close(linear(x, weight, bias), F.linear(x, weight, bias))
     assert not products
 
 
@@ -115,7 +122,7 @@ def test_subclasses_are_left_to_themselves(place: int, products: list[tuple[int,
     operands = [torch.randn(4, 8), torch.randn(6, 8), torch.randn(6)]
     expected = 2 * F.linear(*operands)
     operands[place] = operands[place].as_subclass(_Doubled)
-    found = onednn.linear(*operands).as_subclass(Tensor)
+    found = linear(*operands).as_subclass(Tensor)
     torch.testing.assert_close(found, expected)
     assert not products
 
@@ -124,7 +131,7 @@ def test_sparse_operands_are_left_to_torch(products: list[tuple[int, ...]]) -> N
     """Numbers that do not lie in memory one after another."""
     torch.manual_seed(0)
     x, weight = torch.randn(4, 8), torch.randn(6, 8)
-    torch.testing.assert_close(onednn.linear(x, weight.to_sparse()), F.linear(x, weight))
+    torch.testing.assert_close(linear(x, weight.to_sparse()), F.linear(x, weight))
     assert not products
 
 
@@ -135,7 +142,7 @@ def test_errors_are_those_of_torch(
     """Shapes that do not fit, no shape at all, and a vector that fits."""
     x, weight = map(torch.ones, arguments)
     messages = []
-    for layer in (onednn.linear, F.linear):
+    for layer in (linear, F.linear):
         try:
             messages.append(str(layer(x, weight)))
         except RuntimeError as error:
@@ -149,7 +156,7 @@ def test_few_numbers_of_tokens(products: list[tuple[int, ...]]) -> None:
     weight = torch.ones(1, 1)
     for count in range(1025):
         before = len(products)
-        onednn.linear(torch.ones(count, 1), weight)
+        linear(torch.ones(count, 1), weight)
         odd = count // (count & -count or 1)
         assert (len(products) > before) == (odd < 64)
     assert len(products) == 1 + 64 + 32 * 4  # none, to 64, four octaves
@@ -160,7 +167,7 @@ def test_second_derivatives(products: list[tuple[int, ...]]) -> None:
     torch.manual_seed(0)
     x, weight = torch.randn(3, 8, requires_grad=True), torch.randn(6, 8)
     pairs = []
-    for layer in (onednn.linear, F.linear):
+    for layer in (linear, F.linear):
         first = torch.autograd.grad(layer(x, weight).pow(3).sum(), x, create_graph=True)[0]
         pairs.append((first.detach(), torch.autograd.grad(first.pow(2).sum(), x)[0]))
     torch.testing.assert_close(*pairs)
@@ -173,23 +180,23 @@ def test_what_is_left_to_torch(
 ) -> None:
     """Trained weights, other types, autocast, transforms, forward-mode derivatives, a switch."""
     x, weight = torch.randn(3, 8), torch.randn(6, 8)
-    onednn.linear(x, nn.Parameter(weight))
-    onednn.linear(x, weight, nn.Parameter(torch.zeros(6)))
-    onednn.linear(x.double(), weight.double())
-    onednn.linear(x.bfloat16(), weight.bfloat16())
-    onednn.linear(x, weight, out=torch.empty(3, 6))
+    linear(x, nn.Parameter(weight))
+    linear(x, weight, nn.Parameter(torch.zeros(6)))
+    linear(x.double(), weight.double())
+    linear(x.bfloat16(), weight.bfloat16())
+    linear(x, weight, out=torch.empty(3, 6))
     with torch.autocast("cpu", torch.bfloat16):
-        assert onednn.linear(x, weight).dtype == torch.bfloat16
-    torch.func.vmap(lambda row: onednn.linear(row, weight))(x)
-    torch.func.grad(lambda row: onednn.linear(row, weight).sum())(x)
-    torch.func.jvp(lambda row: onednn.linear(row, weight), (x,), (x,))
+        assert linear(x, weight).dtype == torch.bfloat16
+    torch.func.vmap(lambda row: linear(row, weight))(x)
+    torch.func.grad(lambda row: linear(row, weight).sum())(x)
+    torch.func.jvp(lambda row: linear(row, weight), (x,), (x,))
     with torch.autograd.forward_ad.dual_level():
-        onednn.linear(torch.autograd.forward_ad.make_dual(x, x), weight)
+        linear(torch.autograd.forward_ad.make_dual(x, x), weight)
     with monkeypatch.context() as switched:
         switched.setattr(torch.backends.mkldnn, "enabled", False)
-        onednn.linear(x, weight)
+        linear(x, weight)
     assert not products
-    y = onednn.linear(x.requires_grad_(), weight)  # differentiated as a batch, with vmap
+    y = linear(x.requires_grad_(), weight)  # differentiated as a batch, with vmap
     deltas = torch.randn(4, 3, 6)
     batched = torch.autograd.grad(y, x, deltas, is_grads_batched=True)[0]
     torch.testing.assert_close(batched, deltas @ weight)
@@ -199,7 +206,7 @@ def test_what_is_left_to_torch(
 def test_small_products_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is measured for them either."""
     monkeypatch.setattr(onednn, "costs", lambda _: pytest.fail("measured"))
-    onednn.linear(torch.randn(3, 8), torch.randn(6, 8))
+    linear(torch.randn(3, 8), torch.randn(6, 8))
 
 
 class _Wide(nn.Module):

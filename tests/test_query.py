@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -175,6 +177,21 @@ def test_environment_is_not_inherited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "Popen", started)
     ask("SELECT 1")
     assert "PATH" in seen["env"] and "SOME_TOKEN" not in seen["env"]
+
+
+def test_prepared_processes_belong_to_their_threads() -> None:
+    """Each thread's statement runs in the process that it prepared, and ends no other's."""
+
+    def asked(number: int) -> list[int]:
+        found = []
+        for turn in range(2):
+            with sandboxed.prepared():
+                time.sleep(0.02 * number)
+                found += ask(f"SELECT {10 * number + turn} AS n")["n"].to_list()
+        return found
+
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(asked, range(4))) == [[10 * n, 10 * n + 1] for n in range(4)]
 
 
 def test_a_prepared_process_serves_the_next_statement_and_ends(
