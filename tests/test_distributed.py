@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +236,24 @@ def test_malicious_metadata_runs_no_code(
     with pytest.raises(CheckpointError, match="could run code"):
         fingerprint(tmp_path / "evil")
     assert not (tmp_path / "ran").exists()
+
+
+class _OfEarly311(pickle.Pickler):
+    """Pickles members of enumerations as Python 3.11.2 does."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        return (getattr, (type(obj), obj.name)) if isinstance(obj, Enum) else NotImplemented
+
+
+def test_metadata_that_an_early_python_3_11_wrote(tmp_path: Path) -> None:
+    """There a member of an enumeration is pickled as a call of getattr."""
+    save(dict(Tied().state_dict()), tmp_path / "c")
+    metadata = tmp_path / "c" / ".metadata"
+    out = io.BytesIO()
+    _OfEarly311(out).dump(pickle.loads(metadata.read_bytes()))
+    assert b"getattr" in out.getvalue()
+    metadata.write_bytes(out.getvalue())
+    load_weights(Tied(), tmp_path / "c")
 
 
 def test_malicious_paths_in_metadata_are_inert(tmp_path: Path) -> None:
