@@ -30,9 +30,9 @@ import torch
 from torch import Tensor
 
 from sdi.onednn import is_plain, is_transformed
+from sdi.rules.use import HALVES
 from sdi.sketch.costs import multiplies_bfloat16
 
-HALF = (torch.bfloat16, torch.float16)
 SHORT = 1 << 13
 """Tokens times the width of a head up to which bfloat16 gains, where it is multiplied as such."""
 _FLASH = 1  # torch.nn.attention.SDPBackend.FLASH_ATTENTION
@@ -120,7 +120,7 @@ def _suits(
     scale: float | None,
 ) -> bool:
     operands = (query, key, value)
-    if not (torch.is_grad_enabled() and all(is_plain(t, HALF) and t.numel() for t in operands)):
+    if not (torch.is_grad_enabled() and all(is_plain(t, HALVES) and t.numel() for t in operands)):
         return False
     if mask is not None and (
         causal

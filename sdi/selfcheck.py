@@ -89,10 +89,12 @@ def self_check(
     """
     begin, ids = time.monotonic(), tuple(ids)
     before = served()
-    part = sketched = sketcher(batch, ids)
+    part = rounded = sketched = sketcher(batch, ids)
     otherwise = served() > before
     with torchs_own():
-        if sketcher.rounded or otherwise:  # what can be checked closely
+        if otherwise:
+            part = rounded = sketcher(batch, ids)
+        if sketcher.rounded:  # what can be checked closely
             part = sketcher.traced(batch, ids, "float32")[0]
         _refuse_single_step(sketcher, part)
         chosen = sorted({round(i * (len(ids) - 1) / max(1, rows - 1)) for i in range(rows)})
@@ -104,7 +106,8 @@ def self_check(
             done += len(group)
             if time.monotonic() - begin > seconds:
                 break
-    _refuse_rough(sketched, part, otherwise=otherwise)
+    _refuse_attention(sketched, rounded)
+    _refuse_rough(rounded, part)
     sketch = state.sketch_error() if done == len(sketcher.shapes) else None
     return SelfCheck(
         tuple(ids[i] for i in chosen), len(part.steps), done, len(sketcher.shapes), state.worst,
@@ -121,27 +124,33 @@ def _refuse_single_step(sketcher: Sketcher, part: Part) -> None:
         )
 
 
-def _refuse_rough(sketched: Part, whole: Part, *, otherwise: bool) -> None:
-    """Refuse a pass as it is run that is no sketch any more; `whole` was made closely.
+def _refuse_attention(sketched: Part, own: Part) -> None:
+    """Refuse attention in half precision that is wrong outright; `own` was made with torch's."""
+    error = _largest_error(sketched, own)
+    lost = float((sketched.losses - own.losses).abs().max())
+    if not (error <= BROAD and lost <= 1e-3 * float(own.losses.abs().max())):
+        raise SelfCheckError(
+            f"attention in half precision moves a sketch by {error:.2g} of its norm (expected "
+            f"below {BROAD:g}) and a loss by {lost:.2g} (expected 0). This is a defect: please "
+            f"report it, and sketch within sdi.attention.torchs_own()."
+        )
 
-    With attention done `otherwise` only what is wrong outright: see `sdi.attention`.
-    """
-    norms = whole.values.norm(dim=2)
-    floor = torch.maximum(norms, 1e-6 * norms.sum(dim=1, keepdim=True)).clamp_min(1e-12)
-    error = float(((sketched.values - whole.values).norm(dim=2) / floor).max())
-    if otherwise:
-        lost = float((sketched.losses - whole.losses).abs().max())
-        if not (error <= BROAD and lost <= 1e-3 * float(whole.losses.abs().max())):
-            raise SelfCheckError(
-                f"attention in half precision moves a sketch by {error:.2g} of its norm (expected "
-                f"below {BROAD:g}) and a loss by {lost:.2g} (expected 0). This is a defect: please "
-                f"report it, and sketch within sdi.attention.torchs_own()."
-            )
-    elif not error <= LOOSE:
+
+def _refuse_rough(rounded: Part, whole: Part) -> None:
+    """Refuse products in bfloat16 that are no sketch any more; `whole` was made without."""
+    error = _largest_error(rounded, whole)
+    if not error <= LOOSE:
         raise SelfCheckError(
             f"products in bfloat16 move a sketch by {error:.2g} of its norm (expected below "
             f"{LOOSE:g}): the gradients of tokens cancel. Sketch with products: float32."
         )
+
+
+def _largest_error(found: Part, expected: Part) -> float:
+    """Of a step's sketch, relative to its norm or to a millionth of the row's."""
+    norms = expected.values.norm(dim=2)
+    floor = torch.maximum(norms, 1e-6 * norms.sum(dim=1, keepdim=True)).clamp_min(1e-12)
+    return float(((found.values - expected.values).norm(dim=2) / floor).max())
 
 
 class _Comparison:
