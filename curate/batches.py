@@ -77,6 +77,13 @@ def plan(lengths: Rows, budget_tokens: int) -> list[Rows]:
     return groups
 
 
+def has_padding(lengths: Rows, budget_tokens: int) -> bool:
+    """Whether some batch of rows of these lengths (N,) is wider than one of its rows."""
+    most = _most(lengths, budget_tokens)
+    groups = (lengths[group] for group in plan(lengths, budget_tokens))
+    return any(width(int(own[0]), most) > int(own[-1]) for own in groups)
+
+
 def batches(
     examples: ExampleSet,
     *,

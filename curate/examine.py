@@ -24,6 +24,7 @@ from curate.doctor import Finding, parsed
 from curate.errors import UsageError
 from curate.models import build_model
 from curate.specimen import TOKENS, Loss, Specimen, chosen_loss, from_file, made_up
+from curate.startcheck import refuse_padding
 from sdi.checkpoints import load_weights
 from sdi.coverage import GradientShare, gradient_share, served
 from sdi.errors import LoopError, SdiError, SelfCheckError
@@ -260,6 +261,7 @@ def _measure(
             found.steps, detached = part.steps, part.detached
             _table(loop, specimen, loss, found, progress)
             report = _checked(sketcher, specimen, found)
+            _pad(sketcher, specimen, found)
             _refuse_disagreement(found.norms)
         except SdiError as error:
             found.refuse(error)
@@ -279,6 +281,22 @@ def _checked(sketcher: sdi.Sketcher, specimen: Specimen, found: Examination) -> 
     if report.sketch is not None:
         found.note("sketch", "ok", f"relative error {report.sketch:.2g}")
     return report
+
+
+def _pad(sketcher: sdi.Sketcher, specimen: Specimen, found: Examination) -> None:
+    """Half a row alone and padded, as a run does it with a short row of its own."""
+    alone, wide = specimen.padded_half()
+    try:
+        report = refuse_padding(sketcher, alone, wide, torch.device("cpu"))
+    except SdiError:
+        raise
+    except Exception as error:
+        text = " ".join(str(error).split())[:200]
+        found.note("padding", "note", f"the model cannot read half a row: {text}")
+        return
+    widths = " and padded to ".join(map(str, report["widths"]))
+    gap = max(report["loss"], report["sketch"])
+    found.note("padding", "ok", f"a row of {widths} tokens differs by {gap:.2g}")
 
 
 def _refuse_disagreement(norms: Sequence[StepNorms]) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import sdi
 from curate import shardplan, sizing
-from curate.batches import Batch, batches, plan
+from curate.batches import Batch, batches
 from curate.batchpass import device_named, drawn, moved, seeded, sketched
 from curate.budget import first_line, one_row
 from curate.coverage import recorded
@@ -32,6 +32,7 @@ from curate.rundir import RunDirectory
 from curate.settle import checkpoint_entry
 from curate.shardbuffer import ShardBuffer
 from curate.shardplan import ShardTask
+from curate.startcheck import first_of_rows, refuse_padding, rows_to_pad
 from sdi.adapters import needed_base
 from sdi.checkpoints import Checkpoint, load_weights, settle_weights
 from sdi.coverage import gradient_share
@@ -88,6 +89,7 @@ class SketcherLike(Protocol):
 
     loop: sdi.Loop
     repeated: int
+    narrow: bool
 
     @property
     def spec(self) -> dict[str, Any]:
@@ -329,11 +331,11 @@ class _Session:
     ) -> None:
         """Compare a batch with per-row autograd, and note what share of the gradient is attributed.
 
-        The first batch of two rows or more: one row alone cannot show that rows mix.
+        Then a row alone and padded, for what no comparison within a batch shows.
         """
         if not self.options.check_rows:
             return
-        batch = self._batch_to_check(tasks, sets)
+        batch = first_of_rows(tasks, sets, self._budget)
         self.tried = batch.shape
         rows = min(self.options.check_rows, len(batch.ids))
         tensors, loop, loss = moved(batch, self.device), sketcher.loop, self.options.loss
@@ -341,17 +343,11 @@ class _Session:
             report = self.instruments.check(sketcher, tensors, batch.ids, rows=rows).as_dict()
             shares = gradient_share(loop, tensors, batch.ids, loss, report["rows"])
         report["gradient"] = shares.as_dict()
+        if pair := rows_to_pad(tasks, sets, self._budget):
+            report["padding"] = refuse_padding(sketcher, *pair, self.device)
         self.run.update(
             lambda m: m.model_copy(update={"self_check": {**m.self_check, checkpoint: report}})
         )
-
-    def _batch_to_check(self, tasks: Sequence[ShardTask], sets: Mapping[str, ExampleSet]) -> Batch:
-        for task in tasks:
-            lengths = sets[task.set].lengths_of(np.arange(task.first, task.last))
-            if any(len(group) > 1 for group in plan(lengths, self._budget)):
-                found = self._batches(task, sets[task.set])
-                return next(batch for batch in found if len(batch.ids) > 1)
-        return next(self._batches(tasks[0], sets[tasks[0].set]))
 
     def _shard(self, sketcher: SketcherLike, task: ShardTask, examples: ExampleSet) -> None:
         """Sketch one shard's rows, write them, list them."""

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 import sdi
+from curate.batches import Batch, batches, padded
 from curate.callables import load_callable
 from curate.errors import UsageError
 
@@ -27,6 +29,19 @@ class Specimen:
     tensors: dict[str, Tensor]
     ids: tuple[str, ...]
     made_from: str
+    pad_id: int = 0
+
+    def padded_half(self) -> tuple[Batch, Batch]:
+        """The first half of the first row, alone and padded to the width of the row."""
+        own = int(self.tensors["attention_mask"][0].sum())
+        ids, labels = (
+            self.tensors[name][0, : max(2, own // 2)].numpy() for name in ("input_ids", "labels")
+        )
+        rows, names = np.zeros(1, np.int64), [self.ids[0]]
+        alone, wide = (
+            Batch(rows, names, padded([(ids, labels)], self.pad_id, most)) for most in (0, own)
+        )
+        return alone, wide
 
 
 def chosen_loss(name: str | None, model: nn.Module, *, trust_code: bool) -> tuple[Loss, str]:
@@ -73,7 +88,8 @@ def made_up(model: nn.Module, rows: int, tokens: int, *, masked: bool) -> Specim
         labels[:, torch.arange(tokens) % 3 != 1] = -100
     tensors = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     names = tuple(f"row-{number + 1}" for number in range(rows))
-    return Specimen(tensors, names, f"{rows} made-up rows of {tokens} random tokens")
+    made_from = f"{rows} made-up rows of {tokens} random tokens"
+    return Specimen(tensors, names, made_from, padding if isinstance(padding, int) else 0)
 
 
 def from_file(path: str, source: str, rows: int, tokens: int | None) -> Specimen:
@@ -85,7 +101,6 @@ def from_file(path: str, source: str, rows: int, tokens: int | None) -> Specimen
         rows: how many.
         tokens: the most of a row; all where None.
     """
-    from curate.batches import batches
     from curate.examples import load_examples
     from curate.sources import DataSpec
     from curate.strict import validated
@@ -101,7 +116,7 @@ def from_file(path: str, source: str, rows: int, tokens: int | None) -> Specimen
     longest = int(max(examples.lengths))
     batch = next(batches(examples, budget_tokens=longest * len(examples)))
     text = f"{len(batch.ids)} rows of {Path(path).name}, at most {longest} tokens"
-    return Specimen(batch.tensors, tuple(batch.ids), text)
+    return Specimen(batch.tensors, tuple(batch.ids), text, examples.pad_id)
 
 
 def _tokenizer(source: str) -> str:

@@ -47,8 +47,9 @@ def causal_lm_loss(model: nn.Module, batch: Batch, *, reduce: Reduce = "mean") -
         ``check_losses`` names it instead of a zero passing for a perfect score.
 
     Raises:
-        LossError: no labels, logits that do not fit them, or a batch padded on the left for a
-            model that takes no attention mask.
+        LossError: no labels, logits that do not fit them, or a batch padded on the left: for a
+            model that takes no attention mask; without position_ids for one that takes them; or
+            with a target that is predicted from padding.
     """
     labels = _labels(batch)
     logits = _logits(model, batch, labels, causal=True)
@@ -67,8 +68,9 @@ def masked_lm_loss(model: nn.Module, batch: Batch, *, reduce: Reduce = "mean") -
         (B,) float32 (float64 for a float64 model), NaN for a row without a target.
 
     Raises:
-        LossError: no labels, logits that do not fit them, or a padded batch for a model that
-            takes no attention mask.
+        LossError: no labels, logits that do not fit them, a padded batch for a model that takes
+            no attention mask, or one padded on the left, without position_ids, for a model that
+            takes them.
     """
     labels = _labels(batch)
     logits = _logits(model, batch, labels, causal=False)
@@ -161,8 +163,11 @@ def _per_row(logits: Tensor, labels: Tensor, reduce: Reduce) -> Tensor:
 def _logits(model: nn.Module, batch: Batch, labels: Tensor, *, causal: bool) -> Tensor:
     """Call the model and return its (B, T, V) logits, refusing what does not fit the labels."""
     arguments, keywords = _call_arguments(model, batch)
-    if "attention_mask" in batch and "attention_mask" not in keywords:
-        _refuse_padding(batch["attention_mask"], causal=causal)
+    if "attention_mask" in batch:
+        if "attention_mask" in keywords:
+            _refuse_left_padding(model, batch, labels, causal=causal)
+        else:
+            _refuse_padding(batch["attention_mask"], causal=causal)
     output = model(*arguments, **keywords)
     logits = getattr(output, "logits", None)
     if logits is None and isinstance(output, Mapping):
@@ -192,6 +197,32 @@ def _refuse_padding(mask: Tensor, *, causal: bool) -> None:
             "the batch is padded on the left but the model's forward takes no attention_mask, so "
             "padding would be read as text; pad on the right"
         )
+
+
+def _refuse_left_padding(model: nn.Module, batch: Batch, labels: Tensor, *, causal: bool) -> None:
+    """Refuse padding before a row that moves its positions, or that its first token is told by."""
+    own = batch["attention_mask"] != 0
+    if own.ndim != 2 or bool(own[:, 0].all()):
+        return
+    padded = own.any(dim=1) & ~own[:, 0]
+    start = own.int().argmax(dim=1, keepdim=True)
+    told = padded & (labels.gather(1, start)[:, 0] != IGNORED)
+    if causal and bool(told.any()):
+        raise LossError(
+            f"row {int(told.int().argmax())} of the batch is padded on the left and its first "
+            "token is a target, predicted from padding; pad on the right, or label it -100"
+        )
+    if bool(padded.any()) and "position_ids" in _taken(model) and "position_ids" not in batch:
+        raise LossError(
+            f"row {int(padded.int().argmax())} of the batch is padded on the left and the batch "
+            "has no position_ids, so that the model counts positions from the padding on; pad on "
+            "the right, or give position_ids that start at the row's first token"
+        )
+
+
+def _taken(model: nn.Module) -> set[str]:
+    """Names of what the forward takes."""
+    return set(inspect.signature(_unwrapped(model).forward).parameters)
 
 
 def _call_arguments(model: nn.Module, batch: Batch) -> tuple[list[Tensor], dict[str, object]]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from sdi.errors import LossError
 from sdi.losses import causal_lm_loss, check_losses, masked_lm_loss
@@ -127,6 +128,39 @@ def test_padding_a_model_cannot_see_is_refused() -> None:
         causal_lm_loss(NoMask(), left)
     with pytest.raises(LossError, match="takes no attention_mask"):
         masked_lm_loss(NoMask(), make_batch())
+
+
+def test_padding_on_the_left_is_refused_where_it_would_tell() -> None:
+    """A target predicted from padding, and positions counted from it; with neither it is right."""
+
+    class Placed(nn.Module):
+        """Logits of each token's position and of those before it that are the row's own."""
+
+        def forward(
+            self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor | None = None
+        ) -> Tensor:
+            if position_ids is None:
+                position_ids = torch.arange(input_ids.shape[1]).expand(input_ids.shape)
+            seen = (functional.one_hot(input_ids, 12) * attention_mask[..., None]).cumsum(dim=1)
+            return seen.float() + torch.sin(position_ids[..., None] * torch.arange(12.0))
+
+    right = make_batch()
+    pads = (right["attention_mask"] == 0).sum(dim=1).tolist()
+    left = {
+        name: torch.stack([row.roll(pad) for row, pad in zip(value, pads, strict=True)])
+        for name, value in right.items()
+    }
+    own = left["attention_mask"]
+    expected = causal_lm_loss(Placed(), right)
+    with pytest.raises(LossError, match=r"row \d of the batch .* predicted from padding"):
+        causal_lm_loss(Placed(), left)
+    left["labels"][(own.cumsum(dim=1) == 1) & (own == 1)] = -100  # the first token
+    with pytest.raises(LossError, match=r"row \d of the batch .* has no position_ids"):
+        causal_lm_loss(Placed(), left)
+    with pytest.raises(LossError, match="has no position_ids"):
+        masked_lm_loss(Placed(), left)
+    left["position_ids"] = (own.cumsum(dim=1) - 1).clamp_min(0)
+    torch.testing.assert_close(causal_lm_loss(Placed(), left), expected)
 
 
 @pytest.mark.parametrize("reduce", ["mean", "sum"])

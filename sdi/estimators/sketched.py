@@ -45,6 +45,7 @@ class Sketcher:
 
     Attributes:
         rounded: whether a product has been taken in bfloat16 so far.
+        narrow: whether a gradient has been in half precision so far, of the model or by autocast.
         repeated: how many rows have been sketched again without rounding.
 
     Raises:
@@ -73,7 +74,7 @@ class Sketcher:
             raise SpecError(f"unknown products '{products}': expected auto, bfloat16 or float32")
         self.loop, self.loss, self._limit = loop, loss, limit
         self.method, self.products = method, products
-        self.rounded, self.repeated = False, 0
+        self.rounded, self.narrow, self.repeated = False, False, 0
         self.dim, self.seed, self.checkpoint = dim, seed, checkpoint
         self.hashing = Hashing(dim, seed, checkpoint)
         self.shapes = {n: tuple(p.shape) for n, p in loop.parameters().items()}
@@ -124,6 +125,7 @@ class Sketcher:
         redraw = _random_state(self.loop)
         values, trace, sink = self._pass(batch, ids, products)
         self.rounded = self.rounded or sink.rounded
+        self.narrow = self.narrow or trace.narrow
         if products == "auto" and sink.rounded:
             rough = sink.too_rough(values)
             if bool(rough.any()):

@@ -1,0 +1,105 @@
+"""What a run is checked on before it sketches: a batch of rows, and a row with and without padding.
+
+Batches are made by length, so how much padding a row gets depends on its neighbours. A model that
+reads padding (attention without its mask, a halting rule or a norm over all positions) gives a row
+another influence in every batch, and no comparison within one batch can show it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from curate.batches import Batch, batches, has_padding, padded, plan
+from curate.batchpass import sketched
+from sdi.errors import SelfCheckError
+
+if TYPE_CHECKING:
+    import sdi
+    from curate.examples import ExampleSet
+    from curate.shardplan import ShardTask
+    from curate.sketching import SketcherLike
+
+CLOSE = 1e-3, 2e-2  # of a loss, and of a sketch, whose products may be rounded to bfloat16
+LOOSE = 3e-2, 0.5  # the same where the model computes in half precision
+TINY = 1e-3  # nats: the gradient of a loss below is mostly rounding
+
+
+def first_of_rows(tasks: Sequence[ShardTask], sets: Mapping[str, ExampleSet], budget: int) -> Batch:
+    """The first batch of two rows or more, since one alone cannot show that rows mix."""
+    for task in tasks:
+        span = np.arange(task.first, task.last)
+        lengths = sets[task.set].lengths_of(span)
+        if any(len(group) > 1 for group in plan(lengths, budget)):
+            found = batches(sets[task.set], budget_tokens=budget, rows=span)
+            return next(batch for batch in found if len(batch.ids) > 1)
+    first = tasks[0]
+    rows = range(first.first, first.last)
+    return next(batches(sets[first.set], budget_tokens=budget, rows=rows))
+
+
+def rows_to_pad(
+    tasks: Sequence[ShardTask], sets: Mapping[str, ExampleSet], budget: int
+) -> tuple[Batch, Batch] | None:
+    """The shortest row alone, and as wide as the longest; None where no batch has padding."""
+    spans = [sets[t.set].lengths_of(np.arange(t.first, t.last)) for t in tasks]
+    if not any(has_padding(lengths, budget) for lengths in spans):
+        return None
+    task, lengths = min(zip(tasks, spans, strict=True), key=lambda pair: int(pair[1].min()))
+    examples, row = sets[task.set], task.first + int(lengths.argmin())
+    tokens, ids = [examples.tokens(row)], examples.ids([row])
+    longest = max(int(lengths.max()) for lengths in spans)
+    alone, wide = (
+        Batch(np.array([row]), ids, padded(tokens, examples.pad_id, most)) for most in (0, longest)
+    )
+    return alone, wide
+
+
+def refuse_padding(
+    sketcher: SketcherLike, alone: Batch, wide: Batch, device: torch.device
+) -> dict[str, Any]:
+    """Sketch a row alone and padded, and compare.
+
+    Returns:
+        Both widths and how far losses and sketches differ, for the manifest.
+
+    Raises:
+        SelfCheckError: they differ by more than rounding.
+    """
+    short, long = (sketched(sketcher, batch, device) for batch in (alone, wide))
+    widths = [batch.shape[1] for batch in (alone, wide)]
+    said = f"row '{alone.ids[0]}' of {widths[0]} tokens"
+    if short.steps != long.steps:
+        raise _refusal(
+            f"{said} runs {len(short.steps)} steps alone and {len(long.steps)} padded to "
+            f"{widths[1]}"
+        )
+    loss, sketch = _gaps(short, long)
+    most = LOOSE if sketcher.narrow else CLOSE
+    if not (loss <= most[0] and sketch <= most[1]):
+        raise _refusal(
+            f"{said}, padded to {widths[1]}, has a loss that is {loss:.2g} and a sketch that is "
+            f"{sketch:.2g} off what they are alone (expected below {most[0]:g} and {most[1]:g})"
+        )
+    return {"widths": widths, "loss": loss, "sketch": sketch}
+
+
+def _gaps(short: sdi.Part, long: sdi.Part) -> tuple[float, float]:
+    """Relative differences of the loss and of the sketch of all steps together."""
+    losses = [float(part.losses[0]) for part in (short, long)]
+    loss = abs(losses[1] - losses[0]) / max(abs(losses[0]), 0.1)
+    if max(losses) < TINY:
+        return loss, 0.0
+    size = float(short.values.norm())
+    return loss, float((long.values - short.values).norm()) / max(size, 1e-12)
+
+
+def _refusal(seen: str) -> SelfCheckError:
+    return SelfCheckError(
+        f"{seen}: the model reads padding, and a row's influence would depend on its batch. Its "
+        f"forward has to take attention_mask and obey it (attention, norms and halting rules over "
+        f"positions); or sketch with budget_tokens: 1, each row in a batch of its own"
+    )
