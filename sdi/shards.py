@@ -164,7 +164,7 @@ class _HashingStream:
         self._stream = stream
         self.digest = hashlib.sha256()
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: bytes | memoryview) -> int:
         self.digest.update(data)
         return self._stream.write(data)
 
@@ -172,7 +172,10 @@ class _HashingStream:
 def _write_flushed(path: Path, array: npt.NDArray[Any]) -> str:
     with path.open("wb") as stream:
         hashing = _HashingStream(stream)
-        np.lib.format.write_array(hashing, np.ascontiguousarray(array), allow_pickle=False)
+        whole = np.ascontiguousarray(array)
+        header = np.lib.format.header_data_from_array_1_0(whole)
+        np.lib.format.write_array_header_1_0(hashing, header)
+        hashing.write(whole.reshape(-1).view(np.uint8).data)  # write_array would copy it
         stream.flush()
         os.fsync(stream.fileno())
     return hashing.digest.hexdigest()

@@ -217,6 +217,9 @@ def test_a_prepared_process_serves_the_next_statement_and_ends(
     with pytest.raises(UsageError, match="parameter"):
         ask("SELECT ?", params=[object()])
     assert len(made) == 4
+    with sandboxed.prepared(), sandboxed.prepared():
+        ask("SELECT 1")
+    assert len(made) == 5
     assert all(s._process.returncode is not None and not s.directory.exists() for s in made)
 
 

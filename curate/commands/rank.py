@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import click
@@ -13,6 +14,7 @@ from curate.commands.options import (
     run_argument,
 )
 from curate.console import emit
+from curate.sandboxed import prepared
 
 PRINTED = (
     *("rank", "row", "id", "source", "score", "score_se"),
@@ -47,11 +49,12 @@ def command(
     overwrite: bool,
 ) -> None:
     """Rank RUN's training rows by their influence on QUERY (needed where there are several)."""
-    from curate.verbs import rank_rows
+    with nullcontext() if by.isidentifier() and where is None else prepared():
+        from curate.verbs import rank_rows
 
-    table = rank_rows(
-        run, query, by=by, descending=not ascending, top=None if every else top, where=where
-    )
+        table = rank_rows(
+            run, query, by=by, descending=not ascending, top=None if every else top, where=where
+        )
     output = chosen_output(overwrite=overwrite)
     if output.format == "table":  # the other formats are for programs, which get every column
         table = table.select(column for column in PRINTED if column in table.columns)
