@@ -17,8 +17,8 @@ class Case:
         width, tokens, steps, dim: d, T, τ and m; an ordinary model has as many steps as layers.
         rows: rows of a batch on which passes are compared with the training step: 4,096 tokens,
             what `curate` finds best on two cores; 256 of the paper's model, for its memory.
-        sizes: batch sizes that ours and the other package are tried at; the best is kept. Six workers
-            of the paper's model with four rows do not fit into 24 GiB.
+        sizes: batch sizes that ours and the other package are tried at; the best is kept. With four
+            rows of the paper's model six workers do not fit into 24 GiB.
         scored: rows whose scores are compared with exact ones.
         seeds: of the sketch, over which the error is averaged.
         rounds: most rounds that are worth their time.
