@@ -268,7 +268,7 @@ def test_losses_that_are_nan(folder: Folder, good: Continues) -> None:
     for number, row in enumerate(folder.texts):
         folder.texts[number] = row | {"text": row["text"].replace("7", "8")}
     folder.write("query", [{**row, "id": f"q{n}"} for n, row in enumerate(folder.texts[:3])])
-    folder.change(6, text="7")
+    folder.change(6, text=folder.texts[6]["text"] + "7")
     said = folder.refused(status=1)
     assert "the loss is not finite for r6 (nan)" in said
     assert (kept := folder.listed())
