@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +163,7 @@ def _specimen(request: Request, model: nn.Module, loss: str) -> Specimen:
         made = made_up(model, request.rows, tokens, masked=loss == "masked")
     device = next(model.parameters()).device
     tensors = {name: value.to(device) for name, value in made.tensors.items()}
-    return Specimen(tensors, made.ids, made.made_from)
+    return replace(made, tensors=tensors)
 
 
 # -- finding the body ---------------------------------------------------------------------------
@@ -286,16 +286,17 @@ def _checked(sketcher: sdi.Sketcher, specimen: Specimen, found: Examination) -> 
 def _pad(sketcher: sdi.Sketcher, specimen: Specimen, found: Examination) -> None:
     """Half a row alone and padded, as a run does it with a short row of its own."""
     alone, wide = specimen.padded_half()
+    device = next(sketcher.loop.model.parameters()).device
     try:
-        report = refuse_padding(sketcher, alone, wide, torch.device("cpu"))
-    except SdiError:
+        report = refuse_padding(sketcher, alone, wide, device)
+    except SelfCheckError:
         raise
     except Exception as error:
         text = " ".join(str(error).split())[:200]
         found.note("padding", "note", f"the model cannot read half a row: {text}")
         return
     widths = " and padded to ".join(map(str, report["widths"]))
-    gap = max(report["loss"], report["sketch"])
+    gap = max(report["loss"], report["sketch"] or 0.0)
     found.note("padding", "ok", f"a row of {widths} tokens differs by {gap:.2g}")
 
 

@@ -344,6 +344,7 @@ class _Session:
             shares = gradient_share(loop, tensors, batch.ids, loss, report["rows"])
         report["gradient"] = shares.as_dict()
         if pair := rows_to_pad(tasks, sets, self._budget):
+            self.tried = pair[1].shape
             report["padding"] = refuse_padding(sketcher, *pair, self.device)
         self.run.update(
             lambda m: m.model_copy(update={"self_check": {**m.self_check, checkpoint: report}})

@@ -32,14 +32,15 @@ class Specimen:
     pad_id: int = 0
 
     def padded_half(self) -> tuple[Batch, Batch]:
-        """The first half of the first row, alone and padded to the width of the row."""
+        """The first half of the first row, alone and padded to the width of the row.
+
+        Every token is a target: those of the row may all be in its other half.
+        """
         own = int(self.tensors["attention_mask"][0].sum())
-        ids, labels = (
-            self.tensors[name][0, : max(2, own // 2)].numpy() for name in ("input_ids", "labels")
-        )
+        ids = self.tensors["input_ids"][0, : max(2, own // 2)].cpu().numpy()
         rows, names = np.zeros(1, np.int64), [self.ids[0]]
         alone, wide = (
-            Batch(rows, names, padded([(ids, labels)], self.pad_id, most)) for most in (0, own)
+            Batch(rows, names, padded([(ids, ids)], self.pad_id, most)) for most in (0, own)
         )
         return alone, wide
 

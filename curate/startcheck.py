@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 CLOSE = 1e-3, 2e-2  # of a loss, and of a sketch, whose products may be rounded to bfloat16
 LOOSE = 3e-2, 0.5  # the same where the model computes in half precision
-TINY = 1e-3  # nats: the gradient of a loss below is mostly rounding
+TINY = 1e-3  # the gradient of a loss below may be mostly rounding
 
 
 def first_of_rows(tasks: Sequence[ShardTask], sets: Mapping[str, ExampleSet], budget: int) -> Batch:
@@ -71,35 +71,45 @@ def refuse_padding(
     """
     short, long = (sketched(sketcher, batch, device) for batch in (alone, wide))
     widths = [batch.shape[1] for batch in (alone, wide)]
-    said = f"row '{alone.ids[0]}' of {widths[0]} tokens"
-    if short.steps != long.steps:
-        raise _refusal(
-            f"{said} runs {len(short.steps)} steps alone and {len(long.steps)} padded to "
-            f"{widths[1]}"
-        )
-    loss, sketch = _gaps(short, long)
+    loss, sketch = _gaps(short, long, int(sketcher.loop.outside))
     most = LOOSE if sketcher.narrow else CLOSE
-    if not (loss <= most[0] and sketch <= most[1]):
+    if not (loss <= most[0] and (sketch is None or sketch <= most[1])):
+        off = "" if sketch is None else f" and a sketch that is {sketch:.2g}"
+        steps = f"{len(short.steps)} and {len(long.steps)} steps"
         raise _refusal(
-            f"{said}, padded to {widths[1]}, has a loss that is {loss:.2g} and a sketch that is "
-            f"{sketch:.2g} off what they are alone (expected below {most[0]:g} and {most[1]:g})"
+            f"row '{alone.ids[0]}' of {widths[0]} tokens has, padded to {widths[1]}, a loss that "
+            f"is {loss:.2g}{off} off what it is alone (expected below {most[0]:g} and "
+            f"{most[1]:g}; it runs {steps} alone and padded)"
         )
     return {"widths": widths, "loss": loss, "sketch": sketch}
 
 
-def _gaps(short: sdi.Part, long: sdi.Part) -> tuple[float, float]:
-    """Relative differences of the loss and of the sketch of all steps together."""
+def _gaps(short: sdi.Part, long: sdi.Part, codas: int) -> tuple[float, float | None]:
+    """Relative differences of the loss and of the sketch of all steps together.
+
+    A step that only one of them has is zero in the other (a token that halts later), and comes
+    before the coda's. A loss that is next to nothing has a gradient of rounding: not compared.
+    """
     losses = [float(part.losses[0]) for part in (short, long)]
     loss = abs(losses[1] - losses[0]) / max(abs(losses[0]), 0.1)
-    if max(losses) < TINY:
-        return loss, 0.0
-    size = float(short.values.norm())
-    return loss, float((long.values - short.values).norm()) / max(size, 1e-12)
+    if max(map(abs, losses)) < TINY:
+        return loss, None
+    depth = max(len(part.steps) for part in (short, long))
+    mine, theirs = (_deepened(part.values, depth, codas) for part in (short, long))
+    return loss, float((theirs - mine).norm()) / max(float(mine.norm()), 1e-12)
+
+
+def _deepened(values: torch.Tensor, depth: int, codas: int) -> torch.Tensor:
+    """(1, S, M) as (1, depth, M), with zeros before the last `codas`."""
+    steps = values.shape[1] - codas
+    zeros = values.new_zeros(1, depth - values.shape[1], values.shape[2])
+    return torch.cat([values[:, :steps], zeros, values[:, steps:]], dim=1)
 
 
 def _refusal(seen: str) -> SelfCheckError:
     return SelfCheckError(
-        f"{seen}: the model reads padding, and a row's influence would depend on its batch. Its "
-        f"forward has to take attention_mask and obey it (attention, norms and halting rules over "
-        f"positions); or sketch with budget_tokens: 1, each row in a batch of its own"
+        f"{seen}: the model or its loss reads padding, and a row's influence would depend on its "
+        f"batch. The forward has to take attention_mask and obey it (attention, norms, halting "
+        f"rules and random states over positions); or sketch with budget_tokens: 1 in a new run, "
+        f"each row in a batch of its own"
     )

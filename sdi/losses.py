@@ -200,9 +200,15 @@ def _refuse_padding(mask: Tensor, *, causal: bool) -> None:
 
 
 def _refuse_left_padding(model: nn.Module, batch: Batch, labels: Tensor, *, causal: bool) -> None:
-    """Refuse padding before a row that moves its positions, or that its first token is told by."""
-    own = batch["attention_mask"] != 0
-    if own.ndim != 2 or bool(own[:, 0].all()):
+    """Refuse padding before a row that may move its positions, or that tells its first token.
+
+    What a wrapper's own forward does not name is not seen.
+    """
+    mask = batch["attention_mask"]
+    if not isinstance(mask, Tensor) or mask.shape != labels.shape or mask.ndim != 2:
+        return
+    own = mask != 0
+    if bool(own[:, :1].all()):
         return
     padded = own.any(dim=1) & ~own[:, 0]
     start = own.int().argmax(dim=1, keepdim=True)
@@ -215,8 +221,8 @@ def _refuse_left_padding(model: nn.Module, batch: Batch, labels: Tensor, *, caus
     if bool(padded.any()) and "position_ids" in _taken(model) and "position_ids" not in batch:
         raise LossError(
             f"row {int(padded.int().argmax())} of the batch is padded on the left and the batch "
-            "has no position_ids, so that the model counts positions from the padding on; pad on "
-            "the right, or give position_ids that start at the row's first token"
+            "has no position_ids, so that the model may count positions from the padding on; pad "
+            "on the right, or give position_ids that start at the row's first token"
         )
 
 

@@ -53,6 +53,19 @@ class Halting(Looped):
         return self.head(state)
 
 
+class HaltingTokens(Looped):
+    """Each token runs until its own halt; that of padding is the last, and changes no other."""
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """(B, T) to (B, T, 300)."""
+        state = self.embed(input_ids)
+        need = torch.where(input_ids == 256, 5, 3)
+        for step in range(int(need.max())):
+            running = (need > step)[..., None]
+            state = torch.where(running, state + self.body(state), state)
+        return self.head(state)
+
+
 class Drawing(Looped):
     """Starts from noise."""
 
@@ -102,15 +115,29 @@ def test_padding_that_changes_nothing_is_noted(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_model_that_reads_padding_is_refused(run: RunDirectory, dtype: torch.dtype) -> None:
     """The rows of a batch do not mix, so that per-row autograd agrees; yet nothing is stored."""
-    with pytest.raises(SelfCheckError, match=r"row 'r\d+' of \d+ tokens, padded to \d+, has"):
+    with pytest.raises(SelfCheckError, match=r"row 'r\d+' of \d+ tokens has, padded to \d+,"):
         sketch(run, lambda: Averaging().to(dtype))
     assert not run.manifest.shards
 
 
 def test_a_depth_that_depends_on_padding_is_refused(run: RunDirectory) -> None:
     """The steps of a row alone and padded are both named."""
-    with pytest.raises(SelfCheckError, match=r"runs 2 steps alone and 3 padded to \d+"):
+    with pytest.raises(SelfCheckError, match=r"it runs 2 and 3 steps alone and padded"):
         sketch(run, Halting)
+
+
+def test_steps_that_padding_adds_may_be_zero(run: RunDirectory) -> None:
+    """Tokens that halt by themselves are not moved by padding that halts later."""
+    found = sketch(run, HaltingTokens)
+    assert run.example_set("train").pad_id == 256
+    assert run.manifest.steps == ("1", "2", "3", "4", "5")
+    assert all(noted["sketch"] < 1e-4 for noted in found.values())
+
+
+def test_a_negative_loss_is_compared_too(run: RunDirectory) -> None:
+    """A reward, or a loss that is shifted, says as much of padding as any other."""
+    with pytest.raises(SelfCheckError, match="reads padding"):
+        sketch(run, Averaging, loss=lambda model, batch: sdi.causal_lm_loss(model, batch) - 20)
 
 
 def test_rows_that_are_never_padded_need_not_agree(run: RunDirectory, tmp_path: Path) -> None:
@@ -143,10 +170,12 @@ def test_rows_without_a_loss_worth_speaking_of_are_not_compared_by_their_gradien
 
     add_texts(run, "more", write_texts(tmp_path / "more.jsonl", 3))
     found = sketch(run, Looped, loss=rounding)
-    assert all(noted["sketch"] == 0 and noted["loss"] > 0 for noted in found.values())
+    assert all(noted["sketch"] is None and noted["loss"] > 0 for noted in found.values())
 
 
-MODELS = """
+MODELS = '''
+from types import SimpleNamespace
+
 import torch
 from tests.test_startcheck import Averaging, MaskedAveraging
 
@@ -158,17 +187,30 @@ class Fixed(MaskedAveraging):
         return super().forward(input_ids, attention_mask)
 
 
+class Own(Averaging):
+    """Tells padding by its id."""
+
+    config = SimpleNamespace(pad_token_id=7, vocab_size=256)
+
+    def forward(self, input_ids):
+        state, own = self.embed(input_ids), (input_ids != 7)[..., None].float()
+        for _ in range(self.steps):
+            state = state + self.body(state + (state * own).sum(1, True) / own.sum(1, True))
+        return self.head(state)
+
+
 def build(kind):
     torch.manual_seed(0)
-    return {"reads": Averaging, "obeys": MaskedAveraging, "fixed": Fixed}[kind]()
-"""
+    return {"reads": Averaging, "obeys": MaskedAveraging, "fixed": Fixed, "own": Own}[kind]()
+'''
 
 
 @pytest.mark.parametrize(
     ("kind", "verdict", "said"),
     [
-        ("reads", "refused", "the model reads padding"),
+        ("reads", "refused", "the model or its loss reads padding"),
         ("obeys", "ok", "a row of 8 and padded to 16 tokens differs by"),
+        ("own", "ok", "a row of 8 and padded to 16 tokens differs by"),
         ("fixed", "note", "cannot read half a row: rows have sixteen tokens"),
     ],
 )
@@ -184,3 +226,15 @@ def test_the_doctor_looks_at_padding(tmp_path: Path, kind: str, verdict: str, sa
         assert noted["padding"].verdict == verdict
         assert said in noted["padding"].detail
         assert found.refused is None
+
+
+def test_the_doctor_needs_no_target_in_the_half_that_it_pads(tmp_path: Path) -> None:
+    """A prompt without targets may be the first half of a row."""
+    (tmp_path / "models.py").write_text(MODELS)
+    row = f'{{"input_ids": {list(range(10, 30))}, "labels": {[-100] * 15 + list(range(25, 30))}}}\n'
+    (tmp_path / "rows.jsonl").write_text(row + row.replace("[10,", "[9,"))
+    source, data = f"{tmp_path / 'models.py'}:build", str(tmp_path / "rows.jsonl")
+    request = Request(source, ("body",), arguments=("kind=obeys",), trust_code=True, data=data)
+    found = examine(request)
+    assert found.refused is None
+    assert "ok" in {finding.verdict for finding in found.findings if finding.check == "padding"}
