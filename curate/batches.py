@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from curate.examples import ExampleSet
 
 Rows = NDArray[np.int64]
+Tokens = tuple[NDArray[np.int32], NDArray[np.int32]]  # input_ids and labels of a row, (T,) each
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,7 @@ def plan(lengths: Rows, budget_tokens: int) -> list[Rows]:
 
 def has_padding(lengths: Rows, budget_tokens: int) -> bool:
     """Whether some batch of rows of these lengths (N,) is wider than one of its rows."""
-    most = _most(lengths, budget_tokens)
-    groups = (lengths[group] for group in plan(lengths, budget_tokens))
-    return any(width(int(own[0]), most) > int(own[-1]) for own in groups)
+    return any(wide > int(lengths[group[-1]]) for group, wide in _shaped(lengths, budget_tokens))
 
 
 def batches(
@@ -101,11 +100,26 @@ def batches(
     lengths = examples.lengths_of(chosen)
     ids = examples.ids(chosen)
     pad = examples.pad_id if pad_id is None else pad_id
-    most = _most(lengths, budget_tokens)
-    for group in plan(lengths, budget_tokens):
-        wide = width(int(lengths[group[0]]), most)
+    for group, wide in _shaped(lengths, budget_tokens):
         tensors = padded([examples.tokens(int(row)) for row in chosen[group]], pad, wide)
         yield Batch(chosen[group], [ids[place] for place in group], tensors)
+
+
+def alone_and_padded(
+    row: int, identity: str, tokens: Tokens, pad_id: int, wide: int
+) -> tuple[Batch, Batch]:
+    """One row as a batch of its own: as it is, and padded to a width."""
+    without, with_padding = (
+        Batch(np.array([row]), [identity], padded([tokens], pad_id, most)) for most in (0, wide)
+    )
+    return without, with_padding
+
+
+def _shaped(lengths: Rows, budget_tokens: int) -> Iterator[tuple[Rows, int]]:
+    """The groups of a plan, each with the width of its batch."""
+    most = _most(lengths, budget_tokens)
+    for group in plan(lengths, budget_tokens):
+        yield group, width(int(lengths[group[0]]), most)
 
 
 def _most(lengths: Rows, budget_tokens: int) -> int:
@@ -113,9 +127,7 @@ def _most(lengths: Rows, budget_tokens: int) -> int:
     return min(int(lengths.max(initial=0)), budget_tokens)
 
 
-def padded(
-    rows: Sequence[tuple[NDArray[np.int32], NDArray[np.int32]]], pad_id: int, wide: int = 0
-) -> dict[str, torch.Tensor]:
+def padded(rows: Sequence[Tokens], pad_id: int, wide: int = 0) -> dict[str, torch.Tensor]:
     """input_ids, attention_mask and labels (B, T) of B pairs (input_ids, labels), each (T_b,).
 
     T is the longest T_b, or `wide` if that is more.

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 import sdi
-from curate.batches import Batch, batches, padded
+from curate.batches import Batch, alone_and_padded, batches
 from curate.callables import load_callable
 from curate.errors import UsageError
 
@@ -38,11 +37,7 @@ class Specimen:
         """
         own = int(self.tensors["attention_mask"][0].sum())
         ids = self.tensors["input_ids"][0, : max(2, own // 2)].cpu().numpy()
-        rows, names = np.zeros(1, np.int64), [self.ids[0]]
-        alone, wide = (
-            Batch(rows, names, padded([(ids, ids)], self.pad_id, most)) for most in (0, own)
-        )
-        return alone, wide
+        return alone_and_padded(0, self.ids[0], (ids, ids), self.pad_id, own)
 
 
 def chosen_loss(name: str | None, model: nn.Module, *, trust_code: bool) -> tuple[Loss, str]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from curate.batches import Batch, batches, has_padding, padded, plan
+from curate.batches import Batch, alone_and_padded, batches, has_padding, plan
 from curate.batchpass import sketched
 from sdi.errors import SelfCheckError
 
@@ -50,12 +50,9 @@ def rows_to_pad(
         return None
     task, lengths = min(zip(tasks, spans, strict=True), key=lambda pair: int(pair[1].min()))
     examples, row = sets[task.set], task.first + int(lengths.argmin())
-    tokens, ids = [examples.tokens(row)], examples.ids([row])
     longest = max(int(lengths.max()) for lengths in spans)
-    alone, wide = (
-        Batch(np.array([row]), ids, padded(tokens, examples.pad_id, most)) for most in (0, longest)
-    )
-    return alone, wide
+    identity = examples.ids([row])[0]
+    return alone_and_padded(row, identity, examples.tokens(row), examples.pad_id, longest)
 
 
 def refuse_padding(
@@ -76,10 +73,14 @@ def refuse_padding(
     if not (loss <= most[0] and (sketch is None or sketch <= most[1])):
         off = "" if sketch is None else f" and a sketch that is {sketch:.2g}"
         steps = f"{len(short.steps)} and {len(long.steps)} steps"
-        raise _refusal(
+        raise SelfCheckError(
             f"row '{alone.ids[0]}' of {widths[0]} tokens has, padded to {widths[1]}, a loss that "
             f"is {loss:.2g}{off} off what it is alone (expected below {most[0]:g} and "
-            f"{most[1]:g}; it runs {steps} alone and padded)"
+            f"{most[1]:g}; it runs {steps} alone and padded): the model or its loss reads "
+            f"padding, and a row's influence would depend on its batch. The forward has to take "
+            f"attention_mask and obey it (attention, norms, halting rules and random states over "
+            f"positions); or sketch with budget_tokens: 1 in a new run, each row in a batch of its "
+            f"own"
         )
     return {"widths": widths, "loss": loss, "sketch": sketch}
 
@@ -104,12 +105,3 @@ def _deepened(values: torch.Tensor, depth: int, codas: int) -> torch.Tensor:
     steps = values.shape[1] - codas
     zeros = values.new_zeros(1, depth - values.shape[1], values.shape[2])
     return torch.cat([values[:, :steps], zeros, values[:, steps:]], dim=1)
-
-
-def _refusal(seen: str) -> SelfCheckError:
-    return SelfCheckError(
-        f"{seen}: the model or its loss reads padding, and a row's influence would depend on its "
-        f"batch. The forward has to take attention_mask and obey it (attention, norms, halting "
-        f"rules and random states over positions); or sketch with budget_tokens: 1 in a new run, "
-        f"each row in a batch of its own"
-    )

@@ -49,6 +49,7 @@ def command(
     overwrite: bool,
 ) -> None:
     """Rank RUN's training rows by their influence on QUERY (needed where there are several)."""
+    # What is no plain name is SQL; its process starts while the imports below go on.
     with nullcontext() if by.isidentifier() and where is None else prepared():
         from curate.verbs import rank_rows
 
