@@ -60,7 +60,7 @@ class Case:
 def _paper(name: str, dtype: str) -> Case:
     """The paper's 135M model: 2 + 4 + 2 layers, GPT-2's vocabulary."""
     return Case(
-        name, 768, 128, 32, 8192, 2, dtype, sizes=(1, 2), scored=4, seeds=1, rounds=3,
+        name, 768, 128, 32, 8192, 2, dtype, sizes=(1, 2), scored=4, seeds=1, rounds=7,
         prelude=2, blocks=4, coda=2, heads=12, vocabulary=50257,
     )  # fmt: skip
 
