@@ -6,10 +6,10 @@ true one from both sides; at one checkpoint the codes are the stored sketches an
 The first bands are small, since gradient norms fall fastest at the top and what they hold settles
 how far down the search goes.
 
-FAISS scans them one query at a time, as fast as half precision and in half the space. Its quantizer
-is `QT_8bit_uniform` with the range set by hand, so that its 256 values are whole numbers: the
-"direct" kinds round the query to bytes wherever M is a multiple of 16. Many queries at once are an
-integer product, which takes a tenth as long for each (see `multiply`).
+FAISS scans them one query at a time (`QT_8bit_direct_signed`). Wherever M is a multiple of 16 it
+multiplies bytes and rounds the query to bytes first, without a word; so a query is given in whole
+numbers up to `LARGEST`, whose products are exact, and what that leaves of it widens the bounds.
+Many queries at once are an integer product, which takes a tenth as long for each (see `multiply`).
 
 Letters: V vectors, Q queries, M sketch dimension.
 """
@@ -40,7 +40,7 @@ BAND_BYTES = 64 << 20
 KEPT_BANDS = 64
 _TOGETHER = 1 << 20
 """Bytes of codes that are multiplied at once."""
-_OFFSET = 127
+_OFFSET = 128
 """What FAISS adds to a code to store it."""
 _GPU_MOST = 2048
 """How many neighbours FAISS finds on a GPU."""
@@ -107,7 +107,7 @@ def write_bands(
             if progress:
                 progress(start + size, len(norms))
     whole = np.concatenate(scales) if scales else np.empty(0, dtype=np.float32)
-    for name, array in (("numbers", numbers), ("scales", whole)):
+    for name, array in (("numbers", numbers), ("scales", whole), ("norms", norms[numbers])):
         _save(directory / f"{name}.npy", array)
     return [asdict(band) for band in bands]
 
@@ -120,12 +120,9 @@ def _write(path: Path, values: Floats) -> tuple[Floats, float]:
     codes, scale = quantize(values)
     exact = codes.astype(np.float32)
     rest = float(np.linalg.norm(values / scale[:, None] - exact, axis=1).max())
-    kind = faiss.ScalarQuantizer.QT_8bit_uniform
+    kind = faiss.ScalarQuantizer.QT_8bit_direct_signed
     index = faiss.IndexScalarQuantizer(values.shape[1], kind, faiss.METRIC_INNER_PRODUCT)
-    index.train(exact)
-    # Least value and width: byte b stands for least + width · (b + 1/2) / 255 = b - 127.
-    span = np.array([-_OFFSET - 0.5, 255], dtype=np.float32)
-    faiss.copy_array_to_vector(span, index.sq.trained)
+    index.train(exact)  # nothing to learn; says that it is trained
     index.add(exact)
     atomic.write_with(path.with_suffix(".faiss"), lambda to: faiss.write_index(index, str(to)))
     return scale, rest
@@ -153,8 +150,11 @@ class Bands:
     def __init__(self, directory: Path, bands: Sequence[dict[str, Any]]) -> None:
         self._directory = directory
         self.bands = [Band(**band) for band in bands]
-        self.numbers: Numbers = np.load(directory / "numbers.npy", mmap_mode="r")
-        self.scales: Floats = np.load(directory / "scales.npy", mmap_mode="r")
+        # Plain arrays over the maps: a slice of a memmap costs several times as much.
+        self.numbers, self.scales, self.norms = (
+            np.asarray(np.load(directory / f"{name}.npy", mmap_mode="r"))
+            for name in ("numbers", "scales", "norms")
+        )
         self._faiss = load_faiss()
         self._open: dict[str, Any] = {}
         self.gpu = getattr(self._faiss, "get_num_gpus", int)() > 0
@@ -165,27 +165,33 @@ class Bands:
         """Scales of a band's vectors, (V,)."""
         return self.scales[band.start : band.start + band.count]
 
+    def norms_of(self, band: Band) -> Floats:
+        """Norms of a band's vectors, (V,)."""
+        return self.norms[band.start : band.start + band.count]
+
     def nearest(self, band: Band, query: Floats, want: int) -> tuple[Floats, Numbers]:
-        """The `want` codes with the largest product with `query` (M,): products and places."""
+        """The `want` codes with the largest product with `query` (M,): products and places.
+
+        `query` is of whole numbers, `LARGEST` at most.
+        """
         if self.gpu and want > _GPU_MOST:
             return np.full(band.count, np.inf, dtype=np.float32), np.arange(band.count)
         dots, places = self._index(band).search(query[None], want)
         return dots[0], places[0]
 
-    def products(self, band: Band, queries: Operand) -> Floats:
-        """Products of all of a band's codes with queries, (V, Q)."""
+    def products(self, band: Band, queries: Operand) -> Iterator[tuple[int, Floats]]:
+        """Products of a band's codes with queries, some codes at a time: the first's place, and
+        (codes, Q).
+        """
         index = self._index(band)
         stored = self._faiss.rev_swig_ptr(index.codes.data(), band.count * index.d)
         stored = stored.reshape(band.count, index.d)
         step = max(1, _TOGETHER // index.d)
         buffer = np.empty((step, index.d), dtype=np.uint8)
-        out = np.empty((band.count, queries.count), dtype=np.float32)
         for start in range(0, band.count, step):
             part = stored[start : start + step]
             codes = np.subtract(part, _OFFSET, out=buffer[: len(part)]).view(np.int8)  # wraps
-            product = queries.times(torch.from_numpy(codes), torch.float32)
-            out[start : start + len(part)] = product.numpy()
-        return out
+            yield start, queries.times(torch.from_numpy(codes), torch.float32).numpy()
 
     def _index(self, band: Band) -> Any:
         """A band's index: mapped, or on the first GPU, where it stays for the next search."""
@@ -198,9 +204,11 @@ class Bands:
         return self._open[band.name]
 
 
-def rounding(dim: int) -> float:
-    """A bound on what float32 adds to a product of M codes with a vector of norm one."""
-    return float(dim * 2.0**-24 * 2 * LARGEST * np.sqrt(dim))
+def rounding(times: float | npt.NDArray[np.float64], dim: int) -> Any:
+    """A bound on what float32, rounding so many times in a row, adds to a product of M codes with a
+    vector of norm one.
+    """
+    return times * 2.0**-24 * 2 * LARGEST * np.sqrt(dim)
 
 
 @lru_cache(maxsize=KEPT_BANDS)

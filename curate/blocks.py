@@ -87,36 +87,47 @@ class SketchRows:
 
         Slots that a row does not have are zeros, as in `read`.
         """
+        values, scale, norm = self._gathered(rows, slots, ("values", "scale", "norm"))
+        return Block(values, scale, norm)
+
+    def vectors(
+        self, rows: Numbers, slots: Numbers | None = None
+    ) -> tuple[npt.NDArray[np.int8], Floats]:
+        """`values` and `scale` of what `take` takes, in two thirds of its time."""
+        values, scale = self._gathered(rows, slots, ("values", "scale"))
+        return values, scale
+
+    def _gathered(
+        self, rows: Numbers, slots: Numbers | None, names: Sequence[str]
+    ) -> list[npt.NDArray[Any]]:
+        """Those of a block's arrays that are named, in the order of `rows`."""
         one = slots if self.slots > 1 or (slots is not None and slots.any()) else None
         width = self.slots if slots is None else 1
-        found = Block(
-            np.zeros((len(rows), width, self.dim), dtype=np.int8),
-            np.zeros((len(rows), width), dtype=np.float32),
-            np.zeros((len(rows), width), dtype=np.float32),
-        )
+        shapes = {"values": (len(rows), width, self.dim)}
+        found = [
+            np.zeros(
+                shapes.get(name, (len(rows), width)), np.int8 if name in shapes else np.float32
+            )
+            for name in names
+        ]
         owner = np.searchsorted(self._starts, rows, side="right") - 1
         order = np.argsort(owner, kind="stable")
         ends = [*(np.flatnonzero(np.diff(owner[order])) + 1).tolist(), len(order)]
-        sorted_rows, start = rows[order], 0
+        start = 0
         for end in ends if len(order) else ():
-            piece = owner[order[start]]
-            own = sorted_rows[start:end] - self._starts[piece]
-            which = None if one is None else one[order[start:end]]
-            arrays = self._plain[piece]
-            pairs: list[tuple[npt.NDArray[Any], npt.NDArray[Any]]] = [
-                (found.values, arrays.values),
-                (found.scale, arrays.scale),
-                (found.norm, arrays.norm),
-            ]
-            for into, array in pairs:
+            there = order[start:end]
+            piece = int(owner[there[0]])
+            own = rows[there] - self._starts[piece]
+            which = None if one is None else one[there]
+            for into, name in zip(found, names, strict=True):
+                array = getattr(self._plain[piece], name)
                 if which is None:
-                    into[start:end, : array.shape[1]] = array[own]
+                    into[there, : array.shape[1]] = array[own]
                 else:
-                    there = np.flatnonzero(which < array.shape[1])
-                    into[start + there, 0] = array[own[there], which[there]]
+                    has = which < array.shape[1]
+                    into[there[has], 0] = array[own[has], which[has]]
             start = end
-        back = np.argsort(order)
-        return Block(found.values[back], found.scale[back], found.norm[back])
+        return found
 
     def _between(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Pieces that hold rows start..stop, with their own rows; the next ones are asked for."""

@@ -36,8 +36,8 @@ import torch
 from curate.bands import Band, Bands, load_faiss, rounding, write_bands
 from curate.blocks import block_rows, spans
 from curate.errors import CurateError, UsageError
-from curate.multiply import Operand, exact_integers
-from curate.pooledvectors import Floats, Kind, Numbers, PooledVectors
+from curate.multiply import LARGEST, Operand, exact_integers
+from curate.pooledvectors import Kind, Numbers, PooledVectors
 from curate.rundir import RunDirectory, folder
 from curate.scratch import Progress
 
@@ -153,10 +153,20 @@ class Searcher:
     def _settled(
         self, queries: Doubles, candidates: Sequence[_Candidates], k: int
     ) -> Iterator[tuple[Numbers, Doubles]]:
-        """The k best of each query's candidates, by the sketches themselves."""
-        for query, own in zip(queries, candidates, strict=True):
-            vectors = self.vectors.take(own.numbers)
-            yield _best(own.numbers, vectors.astype(np.float64) @ query, k)
+        """The k best of each query's candidates, by the sketches themselves.
+
+        What several queries have among their candidates is read once.
+        """
+        most, start = block_rows(1, self.vectors.dim), 0
+        while start < len(queries):
+            sizes = np.cumsum([len(own.numbers) for own in candidates[start:]])
+            stop = start + max(1, int(np.searchsorted(sizes, most, side="right")))
+            every = np.unique(np.concatenate([own.numbers for own in candidates[start:stop]]))
+            vectors = self.vectors.take(every)
+            for query, own in zip(queries[start:stop], candidates[start:stop], strict=True):
+                mine = vectors[np.searchsorted(every, own.numbers)].astype(np.float64)
+                yield _best(own.numbers, mine @ query, k)
+            start = stop
 
 
 def _bands(run: RunDirectory, set_name: str, kind: Kind) -> Bands | None:
@@ -195,16 +205,29 @@ class _Candidates:
 
 
 class _Descent:
-    """Several queries on their way down the bands."""
+    """Several queries on their way down the bands.
+
+    A query of norm one is s·w + δ with w in whole numbers, which is what FAISS is asked for; by
+    Cauchy-Schwarz δ moves a product by no more than its norm times the vector's.
+    """
 
     def __init__(self, bands: Bands, queries: Doubles, k: int) -> None:
         self._bands = bands
         self.norms = np.linalg.norm(queries, axis=1)
-        self._units = queries / np.where(self.norms > 0, self.norms, 1.0)[:, None]
-        self._slack = rounding(queries.shape[1])
+        units = queries / np.where(self.norms > 0, self.norms, 1.0)[:, None]
+        dim = queries.shape[1]
         self.candidates = [_Candidates(k) for _ in queries]
         self._together = len(queries) >= TOGETHER and exact_integers() and not bands.gpu
-        self._operand = Operand.of(self._units, torch.device("cpu")) if self._together else None
+        self._operand = Operand.of(units, torch.device("cpu")) if self._together else None
+        largest = np.abs(units).max(axis=1)
+        # FAISS may add up in float32. Digits add up exactly; they leave so much of a query's
+        # entries, and become float32 in fewer than eight roundings.
+        self._scanned, self._multiplied = (
+            rounding(times, dim) for times in (dim, 8 + largest * np.sqrt(dim))
+        )
+        self._sizes = np.where(largest > 0, largest, 1.0) / LARGEST
+        self._whole = np.rint(units / self._sizes[:, None])
+        self._left = np.linalg.norm(units - self._sizes[:, None] * self._whole, axis=1)
 
     def active(self, band: Band) -> Numbers:
         """The queries for which a vector of the band could still enter."""
@@ -217,40 +240,51 @@ class _Descent:
         if self._operand is None or len(active) < TOGETHER:
             for query in active:
                 self._scan(band, int(query))
-            return
-        products = self._bands.products(band, self._operand.some(torch.from_numpy(active)))
-        scales = self._bands.scales_of(band)
-        for query, own in zip(active, products.T, strict=True):
-            least = self.candidates[query].least
-            places = np.flatnonzero(own * scales >= self._reach(band, least, query, scales))
-            if not np.isfinite(least):
-                places = np.arange(band.count)
-            self._take(band, int(query), own[places], places)
+        else:
+            self._multiply(band, active, self._operand.some(torch.from_numpy(active)))
 
-    def _reach(self, band: Band, least: float, query: int, scales: Floats) -> Doubles:
-        """What product times scale a vector needs at least, (V,)."""
-        margin = (band.rest + self._slack) * scales
-        return np.asarray(least / (self.norms[query] or 1.0) - margin)
+    def _multiply(self, band: Band, active: Numbers, operand: Operand) -> None:
+        """Take what the products of all of a band's codes say could enter."""
+        margin = (band.rest + self._multiplied[active]).astype(np.float32)
+        least = np.array([self._least(query) for query in active], dtype=np.float32)
+        found = []
+        for start, products in self._bands.products(band, operand):
+            scales = self._bands.scales_of(band)[start : start + len(products), None]
+            places, which = np.nonzero((products + margin) * scales >= least)
+            found.append((which, start + places, products[places, which]))
+        which, places, dots = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        for number, query in enumerate(active):
+            own = which == number
+            self._take(band, int(query), dots[own], places[own], float(margin[number]))
 
     def _scan(self, band: Band, query: int) -> None:
         """Ask FAISS for more and more of a band, until those that are left cannot enter."""
-        before = self.candidates[query]
-        unit = self._units[query].astype(np.float32)
+        before, left = self.candidates[query], self._left[query]
+        whole, size = self._whole[query].astype(np.float32), self._sizes[query]
+        margin = band.rest * (1 + left) + self._scanned
         want = min(band.count, 2 * before.k + SLACK)
         while True:
-            dots, places = self._bands.nearest(band, unit, want)
+            found, places = self._bands.nearest(band, whole, want)
+            dots, own = size * found, self._bands.norms_of(band)[places]
+            lengths = own / self._bands.scales_of(band)[places]
             self.candidates[query] = before
-            self._take(band, query, dots, places)
-            least = self.candidates[query].least / (self.norms[query] or 1.0)
+            self._take(band, query, dots, places, margin + left * lengths)
             if len(places) == band.count:
                 return
-            if least > 0 and dots[-1] < least / band.scale - band.rest - self._slack:
+            most = max(dots[-1] + margin, 0.0) * band.scale + left * band.norm
+            if most < self._least(query):
                 return
             want = min(band.count, 4 * want)
 
-    def _take(self, band: Band, query: int, dots: Floats, places: Numbers) -> None:
+    def _least(self, query: int) -> float:
+        """What the product of a vector with a query of norm one needs at least."""
+        return self.candidates[query].least / (float(self.norms[query]) or 1.0)
+
+    def _take(
+        self, band: Band, query: int, dots: Doubles, places: Numbers, margin: float | Doubles
+    ) -> None:
+        """Take vectors of a band, whose products with codes are `dots`, `margin` more or less."""
         scales = self._bands.scales_of(band)[places] * self.norms[query]
-        margin = band.rest + self._slack
         numbers = self._bands.numbers[band.start + places]
         low = np.where(np.isfinite(dots), (dots - margin) * scales, -np.inf)
         high = (dots + margin) * scales
@@ -365,5 +399,5 @@ def _digest(run: RunDirectory, set_name: str) -> str:
         for shard in manifest.shards
         if shard.set == set_name and shard.kind != "rows"
     )
-    said = json.dumps([2, manifest.weights, shards], sort_keys=True)
+    said = json.dumps([3, manifest.weights, shards], sort_keys=True)
     return hashlib.sha256(said.encode()).hexdigest()[:12]

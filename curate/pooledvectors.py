@@ -49,8 +49,8 @@ class PooledVectors:
         out = np.zeros((len(numbers), self.dim), dtype=np.float32)
         rows, slots = np.divmod(numbers, self.slots)
         for root, source in zip(self.roots, self.sources, strict=True):
-            block = source.take(rows, slots)
-            out += block.values[:, 0] * (root * block.scale)
+            values, scale = source.vectors(rows, slots)
+            out += values[:, 0] * (root * scale)
         return out
 
     def norms(self) -> Floats:

@@ -75,6 +75,44 @@ def test_many_queries_at_once(
     assert len(searcher.search(np.zeros((1, 64)), 5)[0].numbers) == 5
 
 
+def hidden_by(rounded: str) -> tuple[np.ndarray, np.ndarray]:
+    """Query (1, 64) and vectors (1000, 64) whose rounded products nearly tie: which is the best
+    shows only in what rounding leaves, of the query or of the vectors.
+    """
+    random = np.random.default_rng(0)
+    share = random.permutation(np.linspace(-1, 1, 1000))[:, None]
+    query = random.normal(size=64) * 30
+    query[0], query[1] = 0, 127
+    vectors = np.rint(random.normal(size=(1, 64)) * 30)
+    if rounded == "query":
+        left = query - np.rint(query)
+        across = left - np.rint(query) * (left @ np.rint(query)) / (np.rint(query) ** 2).sum()
+        vectors = np.rint(60 * query / 127 + 67 * share * across / np.abs(across).max())
+    else:
+        query = np.rint(query)
+        vectors = vectors + 0.45 * share * np.sign(query)
+        vectors[:, 2] += np.where(share[:, 0] < 0.9, 1, -1) * np.sign(query[2])
+    vectors[:, 0] = 127  # the scale is one; the query has nothing there
+    return query[None], vectors.astype(np.float32)
+
+
+@pytest.mark.parametrize("rounded", ["query", "vectors"])
+def test_bounds_hold_what_rounding_hides(tmp_path: Path, rounded: str) -> None:
+    """FAISS sees whole numbers only; candidates hold the best by what it does not see."""
+    query, vectors = hidden_by(rounded)
+    norms = np.linalg.norm(vectors, axis=1)
+    order = np.argsort(-norms, kind="stable")
+    entries = bands.write_bands(tmp_path, [order], norms, lambda numbers: vectors[numbers])
+    kept = bands.Bands(tmp_path, entries)
+    descent = index._Descent(kept, query, 1)
+    for band in kept.bands:
+        descent.look(band, np.arange(1))
+    products = vectors.astype(np.float64) @ query[0]
+    seen, _ = kept.nearest(kept.bands[0], np.rint(query[0]).astype(np.float32), 1000)
+    assert np.ptp(seen) < np.ptp(products)
+    assert products.argmax() in descent.candidates[0].numbers
+
+
 def test_totals_answer_with_influence(tmp_path: Path) -> None:
     """The index of totals gives the rows with the largest SDI_t."""
     made = make(tmp_path / "run")
