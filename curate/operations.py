@@ -87,16 +87,17 @@ def sketch(job: Job) -> None:
 
 def prepare_sets(job: Job) -> dict[str, ExampleSet]:
     """Every data set of the recipe, read into the run; overlaps of train and the others flagged."""
-    from curate.examples import flag_overlap, load_examples
+    from curate.examples import flag_overlap
+    from curate.loading import Loader
 
     sets: dict[str, ExampleSet] = {}
-    with job.run.writing() as run:
+    with job.run.writing() as run, Loader() as loader:
         for name, spec in job.recipe.specs(job.path).items():
 
             def progress(done: int, total: int, label: str = f"read {name}") -> None:
                 job.console.progress(label, done, total)
 
-            loaded = load_examples(
+            loaded = loader.load(
                 spec, run.stage(name), name=name, known_ids=run.fixed_ids(name), progress=progress
             )
             sets[name] = run.add_set(loaded)

@@ -8,6 +8,7 @@ import select
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -164,8 +165,13 @@ class Worker:
 
 
 def anonymous(pid: int) -> int:
-    """Anonymous resident memory of a process, in bytes; 0 once it is gone."""
-    try:
-        return memory.anonymous(pid) * 1024
-    except OSError:
-        return 0
+    """Anonymous resident memory of a process and of those its main thread started, in bytes.
+
+    Whoever is gone has none.
+    """
+    total = 0
+    with suppress(OSError):
+        total = memory.anonymous(pid) * 1024
+        started = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        total += sum(anonymous(int(child)) for child in started)
+    return total

@@ -9,7 +9,8 @@ from typing import Any
 from answer import Deed, serve
 from recipe import build
 
-from curate.examples import DataSpec, load_examples
+from curate.examples import DataSpec
+from curate.loading import Loader
 from curate.rundir import RunDirectory
 from curate.scores import score_run
 from curate.sketching import LoopOptions, SketchOptions, sketch_run
@@ -22,8 +23,9 @@ def make(job: dict[str, Any]) -> dict[str, Deed]:
     def work(rows: int, size: int, checkpoints: int) -> dict[str, Any]:
         seconds, begin = {}, time.perf_counter()
         run = RunDirectory.create(Path(f"run-{rows}-{size}"))
-        add(run, job, "train", f"0:{rows}")
-        add(run, job, "query", f"-{job['queries']}:")
+        with Loader() as loader:
+            add(run, loader, job, "train", f"0:{rows}")
+            add(run, loader, job, "query", f"-{job['queries']}:")
         seconds["load"] = time.perf_counter() - begin
         options = SketchOptions(dim=job["dim"], budget_tokens=size, shard_rows=1024, device="cpu")
         listed = [{"path": f"{path}.safetensors", "weight": 1.0} for path in job["checkpoints"]][
@@ -39,12 +41,12 @@ def make(job: dict[str, Any]) -> dict[str, Deed]:
     return {"work": work}
 
 
-def add(run: RunDirectory, job: dict[str, Any], name: str, rows: str) -> None:
+def add(run: RunDirectory, loader: Loader, job: dict[str, Any], name: str, rows: str) -> None:
     """Take a part of the file over into the run as a set."""
     content = {"prompt": "question", "response": "answer", "mask_prompt": True}
     cut = {"max_tokens": job["tokens"], "where": {"rows": rows}}
     spec = DataSpec.of({"path": job["data"], "role": name, **content, **cut})
-    run.add_set(load_examples(spec, run.stage(name), name=name, known_ids=run.ids(name)))
+    run.add_set(loader.load(spec, run.stage(name), name=name, known_ids=run.ids(name)))
 
 
 if __name__ == "__main__":
