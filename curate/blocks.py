@@ -82,6 +82,19 @@ class SketchRows:
             np.concatenate([part.norm for part in parts]),
         )
 
+    def spans(self, start: int, stop: int, size: int) -> list[tuple[int, int]]:
+        """Rows start..stop in ranges of at most `size`, in order.
+
+        Where shards have half as many rows or more, no range leaves its shard, and each is read
+        without a copy.
+        """
+        found: list[tuple[int, int]] = []
+        for edge in [*(first for first in self._starts if start < first < stop), stop]:
+            if edge == stop or 2 * (edge - start) >= size:
+                found += spans(start, edge, size)
+                start = edge
+        return found
+
     def take(self, rows: Numbers, slots: Numbers | None = None) -> Block:
         """Any rows, in the order that is asked for; with `slots`, one slot of each, as U = 1.
 

@@ -150,6 +150,6 @@ def _pairs(scoring: Scoring, span: tuple[int, int]) -> Iterator[pl.DataFrame]:
         frame = finish(flat, None, absent=absent[each], errors=errors)
         return _keyed(frame, queries[each], np.tile(np.arange(start, stop), len(queries)))
 
-    blocks = spans(0, product.rows, product.block(bound))
+    blocks = product.blocks(bound, 0, product.rows)
     with closing(in_order(work, blocks, threads=product.threads)) as results:
         yield from (frame for _, frame in results)

@@ -129,6 +129,11 @@ class Product:
         most = _PRODUCTS // (8 * self.slots * bound.shape[0] * bound.shape[1])
         return max(_LEAST, min(_MOST, most, _BLOCK // (self.slots * self.dim)))
 
+    def blocks(self, bound: Bound | Steps, start: int, stop: int) -> list[tuple[int, int]]:
+        """Rows start..stop cut into what is scored at once."""
+        first = next(iter(self.sources.values()))
+        return first.spans(start, stop, self.block(bound))
+
     def score(self, bound: Bound, start: int, stop: int) -> npt.NDArray[np.float64]:
         """Scores of rows start..stop, (B, G, τ + 8): the steps, then the columns of `EXTRA`.
 

@@ -231,7 +231,7 @@ class Scoring:
             return self.product.score(bound, first, last).astype(np.float32)
 
         def blocks(start: int, stop: int) -> Iterator[Raw]:
-            own = spans(start, stop, self.product.block(bound))
+            own = self.product.blocks(bound, start, stop)
             with closing(in_order(work, own, threads=self.product.threads)) as results:
                 for (_, last), raw in results:
                     yield raw

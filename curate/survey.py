@@ -20,7 +20,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from curate.blocks import spans
 from curate.columns import Moments
 from curate.errors import CurateError
 from curate.product import Product
@@ -103,7 +102,7 @@ def survey(
         rows = torch.stack([hits[1], hits[0] + start]).numpy()
         return _moments(windows), rows, key[hits].numpy()
 
-    blocks = spans(0, product.rows, product.block(bound))
+    blocks = product.blocks(bound, 0, product.rows)
     moments: list[Moments] = []
     with closing(in_order(work, blocks, threads=product.threads)) as results:
         for (_, stop), (own, rows, keys) in results:

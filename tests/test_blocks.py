@@ -43,3 +43,29 @@ def test_taken_rows_are_those_that_are_read(depths: tuple[int, ...]) -> None:
             expected = one[slot] if slot < rows.slots else np.zeros_like(one[0])
             np.testing.assert_array_equal(getattr(single, name)[place, 0], expected)
     assert single.values.shape == (40, 1, DIM)
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "size", "expected"),
+    [
+        (0, 12, 8, [(0, 4), (4, 8), (8, 12)]),  # shards of half a range: each by itself
+        (0, 12, 3, [(0, 3), (3, 4), (4, 7), (7, 8), (8, 11), (11, 12)]),
+        (0, 12, 9, [(0, 8), (8, 12)]),  # smaller shards are read together
+        (0, 12, 100, [(0, 12)]),
+        (3, 11, 8, [(3, 8), (8, 11)]),
+        (5, 7, 1, [(5, 6), (6, 7)]),
+        (4, 4, 8, []),
+    ],
+)
+def test_ranges_keep_to_shards(
+    start: int, stop: int, size: int, expected: list[tuple[int, int]]
+) -> None:
+    """Ranges follow one another to the end, none too long, and end with a shard that fills half of
+    one; within a shard they are read without a copy.
+    """
+    rows = source((2, 2, 2))
+    assert rows.spans(start, stop, size) == expected
+    for first, last in expected:
+        whole = rows._plain[first // 4]
+        within = first // 4 == (last - 1) // 4
+        assert np.shares_memory(rows.read(first, last).values, whole.values) == within
