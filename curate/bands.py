@@ -159,7 +159,7 @@ class Bands:
         self._open: dict[str, Any] = {}
         self.gpu = getattr(self._faiss, "get_num_gpus", int)() > 0
         for band in self.bands:
-            (directory / band.name).with_suffix(".faiss").stat()
+            self._path(band).stat()
 
     def scales_of(self, band: Band) -> Floats:
         """Scales of a band's vectors, (V,)."""
@@ -174,9 +174,8 @@ class Bands:
 
         `query` is of whole numbers, `LARGEST` at most.
         """
-        if self.gpu and want > _GPU_MOST:
-            return np.full(band.count, np.inf, dtype=np.float32), np.arange(band.count)
-        dots, places = self._index(band).search(query[None], want)
+        found = self._mapped(band) if want > _GPU_MOST else self._index(band)
+        dots, places = found.search(query[None], want)
         return dots[0], places[0]
 
     def products(self, band: Band, queries: Operand) -> Iterator[tuple[int, Floats]]:
@@ -195,13 +194,19 @@ class Bands:
 
     def _index(self, band: Band) -> Any:
         """A band's index: mapped, or on the first GPU, where it stays for the next search."""
-        path = (self._directory / band.name).with_suffix(".faiss")
-        if self.gpu:
-            return _on_gpu(path, path.stat().st_mtime_ns)
+        if not self.gpu:
+            return self._mapped(band)
+        path = self._path(band)
+        return _on_gpu(path, path.stat().st_mtime_ns)
+
+    def _mapped(self, band: Band) -> Any:
         if band.name not in self._open:
             flags = self._faiss.IO_FLAG_MMAP_IFC
-            self._open[band.name] = self._faiss.read_index(str(path), flags)
+            self._open[band.name] = self._faiss.read_index(str(self._path(band)), flags)
         return self._open[band.name]
+
+    def _path(self, band: Band) -> Path:
+        return (self._directory / band.name).with_suffix(".faiss")
 
 
 def rounding(times: float | npt.NDArray[np.float64], dim: int) -> Any:

@@ -139,11 +139,14 @@ class Searcher:
             return _search_all(self.vectors, exact, k, slot)
         descent = _Descent(self.bands, exact, k)
         bands = [band for band in self.bands.bands if slot in (None, band.slot)]
-        seen = np.zeros(len(exact))
-        for band in bands:
+        seen, done = np.zeros(len(exact)), None
+        for band in bands:  # those of a slot one after another, by norm
+            if band.slot == done:
+                continue
             active = descent.active(band)
             if not len(active):
-                break
+                done = band.slot
+                continue
             descent.look(band, active)
             seen[active] += band.count
         of = max(1, sum(band.count for band in bands))
@@ -158,9 +161,10 @@ class Searcher:
         What several queries have among their candidates is read once.
         """
         most, start = block_rows(1, self.vectors.dim), 0
+        ends = np.cumsum([0, *(len(own.numbers) for own in candidates)])
         while start < len(queries):
-            sizes = np.cumsum([len(own.numbers) for own in candidates[start:]])
-            stop = start + max(1, int(np.searchsorted(sizes, most, side="right")))
+            stop = int(np.searchsorted(ends, ends[start] + most, side="right")) - 1
+            stop = max(start + 1, stop)
             every = np.unique(np.concatenate([own.numbers for own in candidates[start:stop]]))
             vectors = self.vectors.take(every)
             for query, own in zip(queries[start:stop], candidates[start:stop], strict=True):
@@ -222,9 +226,9 @@ class _Descent:
         largest = np.abs(units).max(axis=1)
         # FAISS may add up in float32. Digits add up exactly; they leave so much of a query's
         # entries, and become float32 in fewer than eight roundings.
-        self._scanned, self._multiplied = (
-            rounding(times, dim) for times in (dim, 8 + largest * np.sqrt(dim))
-        )
+        digits = self._operand is not None and self._operand.scale is not None
+        times = 8 + largest * np.sqrt(dim) if digits else np.full(len(queries), float(dim))
+        self._scanned, self._multiplied = rounding(dim, dim), rounding(times, dim)
         self._sizes = np.where(largest > 0, largest, 1.0) / LARGEST
         self._whole = np.rint(units / self._sizes[:, None])
         self._left = np.linalg.norm(units - self._sizes[:, None] * self._whole, axis=1)
@@ -253,9 +257,11 @@ class _Descent:
             places, which = np.nonzero((products + margin) * scales >= least)
             found.append((which, start + places, products[places, which]))
         which, places, dots = (np.concatenate(parts) for parts in zip(*found, strict=True))
-        for number, query in enumerate(active):
-            own = which == number
-            self._take(band, int(query), dots[own], places[own], float(margin[number]))
+        order = np.argsort(which, kind="stable")
+        ends = np.searchsorted(which[order], np.arange(1, len(active)))
+        for number, own in enumerate(np.split(order, ends)):
+            query = int(active[number])
+            self._take(band, query, dots[own], places[own], float(margin[number]))
 
     def _scan(self, band: Band, query: int) -> None:
         """Ask FAISS for more and more of a band, until those that are left cannot enter."""
@@ -286,8 +292,7 @@ class _Descent:
         """Take vectors of a band, whose products with codes are `dots`, `margin` more or less."""
         scales = self._bands.scales_of(band)[places] * self.norms[query]
         numbers = self._bands.numbers[band.start + places]
-        low = np.where(np.isfinite(dots), (dots - margin) * scales, -np.inf)
-        high = (dots + margin) * scales
+        low, high = (dots - margin) * scales, (dots + margin) * scales
         self.candidates[query] = self.candidates[query].with_more(numbers, low, high)
 
 

@@ -54,11 +54,13 @@ class PooledVectors:
         return out
 
     def norms(self) -> Floats:
-        """Norms of all vectors, (N · U,): four bytes each."""
+        """Norms of all vectors, (N · U,): four bytes each, and never less than they are."""
 
         def work(start: int, stop: int) -> Floats:
-            norms = np.linalg.norm(self.rows_of(start, stop), axis=2)
-            return np.asarray(norms.ravel(), dtype=np.float32)
+            squares = np.square(self.rows_of(start, stop), dtype=np.float64)
+            norms = np.sqrt(squares.sum(axis=2)).ravel()
+            above = np.nextafter(norms.astype(np.float32), np.float32(np.inf))
+            return np.where(norms > 0, above, np.float32(0))
 
         blocks = spans(0, self.rows, block_rows(self.slots, self.dim))
         with closing(in_order(work, blocks)) as results:

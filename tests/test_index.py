@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from curate import bands, index
+from curate.blocks import Block
 from curate.errors import UsageError
+from curate.pooledvectors import PooledVectors
 from tests.sketchedrun import WEIGHTS, Made, make
 
 
@@ -73,6 +75,23 @@ def test_many_queries_at_once(
             assert found.numbers.tolist() == same.numbers.tolist() == order.tolist()
             np.testing.assert_allclose(found.scores, own.ravel()[order], rtol=1e-4, atol=1e-7)
     assert len(searcher.search(np.zeros((1, 64)), 5)[0].numbers) == 5
+    whole, plain = (
+        index.Searcher(made.run, use_index=use).search(vectors, 9) for use in (True, False)
+    )
+    for one, other in zip(whole, plain, strict=True):  # of an untied model, every step
+        assert one.numbers.tolist() == other.numbers.tolist()
+
+
+def test_norms_are_bounds(tmp_path: Path) -> None:
+    """No vector is longer than its norm says, however small it is."""
+    made = make(tmp_path / "run", rows=20)
+    vectors = PooledVectors(made.run, "train", "steps")
+    small = [Block(b.values, b.scale * 1e-25, b.norm) for b in vectors.sources[0]._plain]
+    vectors.sources[0]._plain = small
+    vectors.sources, vectors.roots = vectors.sources[:1], [1.0]
+    exact = np.linalg.norm(vectors.rows_of(0, 20).astype(np.float64), axis=2).ravel()
+    norms = vectors.norms()
+    assert (norms >= exact).all() and (norms <= exact * (1 + 1e-6)).all() and (norms > 0).any()
 
 
 def hidden_by(rounded: str) -> tuple[np.ndarray, np.ndarray]:
