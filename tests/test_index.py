@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from curate import bands, index
+from curate import bands, descent, index
 from curate.blocks import Block
 from curate.errors import UsageError
 from curate.pooledvectors import PooledVectors
@@ -54,7 +54,7 @@ def test_many_queries_at_once(
     which are brute force's; so too for opposite vectors, zero, and more rows than there are.
     """
     monkeypatch.setattr(bands, "BAND_BYTES", 40 * 64 * 4)
-    monkeypatch.setattr(index, "SLACK", 0)  # so that a scan has to ask for more
+    monkeypatch.setattr(descent, "SLACK", 0)  # so that a scan has to ask for more
     made = make(tmp_path / "run", rows=90, tied=tied)
     index.build_index(made.run)
     train = pooled(made, "train")
@@ -123,13 +123,13 @@ def test_bounds_hold_what_rounding_hides(tmp_path: Path, rounded: str) -> None:
     order = np.argsort(-norms, kind="stable")
     entries = bands.write_bands(tmp_path, [order], norms, lambda numbers: vectors[numbers])
     kept = bands.Bands(tmp_path, entries)
-    descent = index._Descent(kept, query, 1)
+    search = descent.Descent(kept, query, 1)
     for band in kept.bands:
-        descent.look(band, np.arange(1))
+        search.look(band, np.arange(1))
     products = vectors.astype(np.float64) @ query[0]
     seen, _ = kept.nearest(kept.bands[0], np.rint(query[0]).astype(np.float32), 1000)
     assert np.ptp(seen) < np.ptp(products)
-    assert products.argmax() in descent.candidates[0].numbers
+    assert products.argmax() in search.candidates[0].numbers
 
 
 def test_totals_answer_with_influence(tmp_path: Path) -> None:
