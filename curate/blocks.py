@@ -116,13 +116,8 @@ class SketchRows:
         """Those of a block's arrays that are named, in the order of `rows`."""
         one = slots if self.slots > 1 or (slots is not None and slots.any()) else None
         width = self.slots if slots is None else 1
-        shapes = {"values": (len(rows), width, self.dim)}
-        found = [
-            np.zeros(
-                shapes.get(name, (len(rows), width)), np.int8 if name in shapes else np.float32
-            )
-            for name in names
-        ]
+        first = (getattr(self._plain[0], name) for name in names)
+        found = [np.zeros((len(rows), width, *array.shape[2:]), array.dtype) for array in first]
         owner = np.searchsorted(self._starts, rows, side="right") - 1
         order = np.argsort(owner, kind="stable")
         ends = [*(np.flatnonzero(np.diff(owner[order])) + 1).tolist(), len(order)]

@@ -39,7 +39,8 @@ class Loader:
         paths = [path for path in sys.path if isinstance(path, str)]
         code = (
             "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
-            f"sys.path[:] = {paths!r}; from curate.loading import main; main({theirs})"
+            f"sys.path[:] = {paths!r}; from curate.loading import main; "
+            f"main({theirs}, {os.getpid()})"
         )
         self._answers = os.fdopen(answers, "rb")
         try:
@@ -98,7 +99,7 @@ class Loader:
         stream = self._process.stdin
         assert stream is not None
         try:
-            pickle.dump((os.getpid(), request), stream)
+            pickle.dump(request, stream)
             stream.flush()
         except BrokenPipeError as cause:
             raise self._ended(request["name"]) from cause
@@ -123,13 +124,14 @@ class Loader:
         return CurateError(f"the process that read set {name!r} ended with status {status}{why}")
 
 
-def main(descriptor: int) -> None:
+def main(descriptor: int, parent: int) -> None:
     """Answer requests until there are no more: ("progress", …) …, ("done", None) or ("error", …).
 
     What libraries print goes to standard error, and they find nothing on standard input. The
-    process does not outlive the one that asks, which holds the lock of the directory that is
-    written to.
+    process does not outlive `parent`, the one that asks, which holds the lock of the directory that
+    is written to.
     """
+    _end_with(parent)
     answers, requests = os.fdopen(descriptor, "wb"), os.fdopen(os.dup(0), "rb")
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
@@ -141,10 +143,9 @@ def main(descriptor: int) -> None:
 
     while True:
         try:
-            parent, request = pickle.load(requests)
+            request = pickle.load(requests)
         except EOFError:
             return
-        _end_with(parent)
         try:
             load_examples(**request, progress=lambda done, of: answer("progress", (done, of)))
         except BrokenPipeError:
