@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import sdi
+
 
 class Attention(nn.Module):
     """Causal self-attention with fused qkv."""
@@ -128,3 +130,14 @@ def tokens(
 def names(rows: int) -> list[str]:
     """Ids r0, r1, …"""
     return [f"r{i}" for i in range(rows)]
+
+
+def checked(model: nn.Module, body: Any = "body", batch: Any = None, **options: Any) -> None:
+    """The self-check compares with per-row autograd and raises where a step differs by 1e-3."""
+    batch = batch or tokens()
+    loop = sdi.Loop(model, body, **options)
+    rows = len(batch["input_ids"])
+    report = sdi.self_check(sdi.Sketcher(loop, dim=128), batch, names(rows), rows=3)
+    assert report.worst < 1e-4 and report.conservation < 1e-4
+    assert report.sketch is not None and report.sketch < 1e-4
+    assert report.parameters == report.of
