@@ -1,4 +1,7 @@
-"""Files that are either whole or absent: written under a temporary name, flushed, renamed."""
+"""Files that are either whole or absent: written under a temporary name, flushed, renamed.
+
+Or lines that are: a line without its end is none.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import errno
 import hashlib
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,10 +31,57 @@ def replacing(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
-        yield temporary
-        _flush(temporary)
-        temporary.replace(path)
+        with _space(path):
+            yield temporary
+            _flush(temporary)
+            temporary.replace(path)
+            _flush(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def append_line(path: Path, text: str) -> None:
+    """Add a line to a file, made where there is none; on disk whole, or, cut short, not a line.
+
+    Raises:
+        CurateError: where the disk is full.
+    """
+    fresh = not path.exists()
+    with _space(path), path.open("ab") as stream:
+        stream.truncate(_whole_lines(path))
+        stream.write(text.encode() + b"\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    if fresh:
         _flush(path.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove a file where it is there, for good."""
+    with suppress(FileNotFoundError):
+        path.unlink()
+        _flush(path.parent)
+
+
+def _whole_lines(path: Path) -> int:
+    """How many bytes of a file are whole lines."""
+    with path.open("rb") as stream:
+        end = stream.seek(0, os.SEEK_END)
+        while end > 0:
+            start = max(0, end - 4096)
+            stream.seek(start)
+            place = stream.read(end - start).rfind(b"\n")
+            if place >= 0:
+                return start + place + 1
+            end = start
+    return 0
+
+
+@contextmanager
+def _space(path: Path) -> Iterator[None]:
+    """A full disk as an error that says what to do."""
+    try:
+        yield
     except Exception as error:  # polars raises a ComputeError where a disk is full
         if not _disk_full(error):
             raise
@@ -39,8 +89,6 @@ def replacing(path: Path) -> Iterator[Path]:
             f"no space left on the device while writing {path}: free some space and run the same "
             f"command again; what is finished is kept"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _disk_full(error: Exception) -> bool:

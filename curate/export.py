@@ -198,7 +198,7 @@ def _provenance(
     """Copy what explains the selection; returns how many rows never became examples."""
     folder.mkdir()
     decisions.write_parquet(folder / "decisions.parquet")
-    shutil.copyfile(run.manifest_path, folder / "manifest.json")
+    (folder / "manifest.json").write_bytes(run.manifest.text().encode())
     if (run.path / "recipe.yaml").is_file():
         shutil.copyfile(run.path / "recipe.yaml", folder / "recipe.yaml")
     for file in run.manifest.sets[entry.train_set].arrays:

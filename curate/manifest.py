@@ -1,7 +1,7 @@
 """The manifest of a run directory: everything in the run that a reader may trust.
 
-The manifest is a frozen value. A change makes a new one, and `curate.rundir` replaces the file in
-one step, after everything that the new manifest lists is whole on disk. What it does not list does
+The manifest is a frozen value. A change makes a new one, and `curate.manifestfile` puts it on disk
+in one step, after everything that the new manifest lists is whole there. What it does not list does
 not exist for a reader, however complete the file looks.
 """
 
@@ -213,6 +213,10 @@ class Manifest(Entry):
         """The shards of one set at every checkpoint."""
         return [shard for shard in self.shards if (shard.set, shard.kind) == (set_name, kind)]
 
+    def text(self) -> str:
+        """Itself as JSON, as `manifest.json` has it."""
+        return self.model_dump_json(by_alias=True, indent=1) + "\n"
+
     def without_attempts(self) -> Manifest:
         """Itself without what failed before any sketch was made of it: nobody is held to it."""
         used = {shard.checkpoint for shard in self.shards}
@@ -224,14 +228,14 @@ class Manifest(Entry):
         return self.model_copy(update=update)
 
 
-def read_manifest(path: Path) -> Manifest:
-    """The manifest in a file.
+def parse_manifest(contents: bytes, path: Path) -> Manifest:
+    """The manifest that a file at `path` holds.
 
     Raises:
         CurateError: where it is not one, or of another schema version.
     """
     try:
-        data = json.loads(path.read_bytes())
+        data = json.loads(contents)
         version = data.get("schema_version") if isinstance(data, dict) else None
         if version != SCHEMA_VERSION:
             raise CurateError(

@@ -1,6 +1,6 @@
 """The run directory: where everything of a run is, and the one place that changes its manifest.
 
-Every file is whole before the manifest lists it, and the manifest is replaced last, in one step. So
+Every file is whole before the manifest lists it, and the manifest is changed last, in one step. So
 a process killed at any moment leaves a directory that reads as it did before, plus files that
 nobody lists and the next run writes again. Readers look at the manifest only and need no lock; a
 process that writes holds one (`writing`), which the system releases when the process dies.
@@ -32,8 +32,8 @@ from curate.manifest import (
     ShardEntry,
     SketchEntry,
     VectorKind,
-    read_manifest,
 )
+from curate.manifestfile import ManifestFile
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,7 +63,7 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._cached: tuple[tuple[int, int, int], Manifest] | None = None
+        self._file = ManifestFile(self.manifest_path)
         self._store = ExampleStore(self)
         self._held = 0
 
@@ -75,7 +75,7 @@ class RunDirectory:
             raise CurateError(
                 f"{path} already holds a run: open it to go on with it, or choose another directory"
             )
-        run._write(
+        run._file.write(
             Manifest(
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
                 versions=provenance.versions(),
@@ -115,30 +115,16 @@ class RunDirectory:
 
     @property
     def manifest(self) -> Manifest:
-        """The manifest as it stands on disk; read again only where the file was replaced."""
-        status = self.manifest_path.stat()
-        stamp = (status.st_ino, status.st_mtime_ns, status.st_size)
-        if self._cached is None or self._cached[0] != stamp:
-            self._cached = (stamp, read_manifest(self.manifest_path))
-        return self._cached[1]
+        """The manifest as it stands on disk."""
+        return self._file.contents
 
     def update(self, change: Callable[[Manifest], Manifest]) -> Manifest:
         """Replace the manifest by `change(manifest)`, in one step, where that differs."""
-        known = self.manifest
-        changed = change(known)
-        if changed != known:
-            self._write(changed)
-        return changed
+        return self._file.update(change)
 
     def note(self, **fields: Any) -> Manifest:
         """Set top-level fields of the manifest (`recipe_hash=...`, `batch_budget=...`)."""
         return self.update(lambda manifest: manifest.model_copy(update=fields))
-
-    def _write(self, manifest: Manifest) -> None:
-        # Validated again, since model_copy does not.
-        checked = Manifest.model_validate(manifest.model_dump(by_alias=True))
-        text = checked.model_dump_json(by_alias=True, indent=1)
-        atomic.write_text(self.manifest_path, text + "\n")
 
     @contextmanager
     def writing(self) -> Iterator[RunDirectory]:
@@ -160,10 +146,12 @@ class RunDirectory:
                     f"another process is writing to {self.path}: wait for it to end, or stop it"
                 ) from error
             atomic.sweep(self.path)
+            self._file.fold()
             self._store.recover()
             self._held += 1
             try:
                 yield self
+                self._file.fold()
             finally:
                 self._held -= 1
 
@@ -280,10 +268,13 @@ class RunDirectory:
     ) -> Manifest:
         """List several shards in one step, with the labels of their steps and the coverage."""
         new = {(e.set, e.checkpoint, e.kind, e.number) for e in entries}
+        numbers = {e.number for e in entries}  # few have one of these, and it is quickly told
 
         def change(manifest: Manifest) -> Manifest:
             kept = tuple(
-                e for e in manifest.shards if (e.set, e.checkpoint, e.kind, e.number) not in new
+                e
+                for e in manifest.shards
+                if e.number not in numbers or (e.set, e.checkpoint, e.kind, e.number) not in new
             )
             listed = manifest.model_copy(update={"shards": kept + entries})
             return settle.steps(listed, labels, coverage)

@@ -1,8 +1,9 @@
 """A process that is killed while it sketches, over and over, until the run is whole.
 
 Run as `python -m tests.killedrun DIR`: sketches DIR/run in child processes, each of which kills
-itself with SIGKILL right before, or right after, one of its renames, or is killed after a random
-delay. Prints how many were killed. The children are forked before torch has started any thread.
+itself with SIGKILL right before, or right after, one of its renames or lines of a log, or is killed
+after a random delay. Prints how many were killed. The children are forked before torch has started
+any thread.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 
 import torch._dynamo  # noqa: F401 - slow to import; once here rather than once in each child
 
+from curate import atomic
 from curate.rundir import RunDirectory
 from curate.sketching import sketch_run
 from sdi.checkpoints import find_checkpoints
@@ -36,25 +38,36 @@ def sketch(directory: Path) -> None:
     sketch_run(run, factory, LOOP, find_checkpoints(listed), options=OPTIONS)
 
 
-def die_at_rename(number: int, *, before: bool) -> None:
-    """Make this process kill itself at its `number`-th rename, counted from 1."""
-    rename, left = os.replace, number
+def die_at_change(number: int, *, before: bool) -> None:
+    """Make this process kill itself at its `number`-th rename or line of a log, counted from 1.
 
-    def counted(*arguments: Any, **keywords: Any) -> None:
-        nonlocal left
-        left -= 1
-        if left == 0 and before:
-            os.kill(os.getpid(), signal.SIGKILL)
-        rename(*arguments, **keywords)
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
+    Before a line means with half of it written.
+    """
+    left = number
 
-    os.replace = counted
+    def dying(change: Callable[..., None], *, torn: bool) -> Callable[..., None]:
+        def counted(*arguments: Any, **keywords: Any) -> None:
+            nonlocal left
+            left -= 1
+            if left == 0 and before:
+                if torn:
+                    path, text = arguments
+                    with path.open("a") as stream:
+                        stream.write(text[: len(text) // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+            change(*arguments, **keywords)
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        return counted
+
+    os.replace = dying(os.replace, torn=False)
+    atomic.append_line = dying(atomic.append_line, torn=True)
 
 
 def attempt(
     directory: Path,
-    rename: int,
+    change: int,
     *,
     before: bool,
     delay: float | None,
@@ -63,7 +76,7 @@ def attempt(
     """Fork a child that does `work`; True where it was killed, False where it finished."""
     child = os.fork()
     if child == 0:
-        die_at_rename(rename, before=before)
+        die_at_change(change, before=before)
         try:
             work(directory)
         except BaseException as error:
@@ -80,10 +93,10 @@ def attempt(
 
 
 def main(directory: Path) -> None:
-    """Kill the run at random delays and at ever later renames; then let it finish.
+    """Kill the run at random delays and at ever later changes; then let it finish.
 
-    A shard takes ten renames: three files of steps, three of totals, loss and depth, the manifest,
-    and that of the self-check before the first.
+    A shard takes nine: three files of steps, three of totals, loss and depth, and the manifest or a
+    line of its log; before the first comes that of the self-check.
     """
     draw, killed = random.Random(0), 0
     for _ in range(4):

@@ -33,6 +33,7 @@ import numpy as np
 import torch
 
 import sdi
+from curate.manifest import ShardEntry
 from curate.rundir import RunDirectory
 from curate.scores import score_run
 from curate.sketching import LoopOptions, SketchOptions, sketch_run
@@ -99,7 +100,7 @@ def one_pass(quantity: str) -> Callable[[int, Path], tuple[float, Work]]:
 
 
 def whole_sketch(rows: int, folder: Path) -> tuple[float, Work]:
-    """A run of so many short rows, shards and manifest included, made afresh each time."""
+    """A run of so many short rows, made afresh each time."""
     write_texts(folder / "train.jsonl", rows)
     listed = checkpoints(folder / "weights")
     options = SketchOptions(dim=64, budget_tokens=2048, shard_rows=64, check_rows=0, device="cpu")
@@ -111,6 +112,31 @@ def whole_sketch(rows: int, folder: Path) -> tuple[float, Work]:
             sketch_run(run, factory, LoopOptions(body=("body",)), listed, options=options)
 
     return rows, work
+
+
+def listing(shards: int, folder: Path) -> tuple[float, Work]:
+    """So many shards listed one by one, as a run of that many times 2,048 rows does it."""
+    listed = [
+        ShardEntry(
+            set="train",
+            checkpoint="one",
+            kind="totals",
+            number=number,
+            rows=(number, number + 1),
+            steps=4,
+            files={f"totals-{number:05d}.{part}.npy": "0" * 64 for part in "vsn"},
+        )
+        for number in range(shards)
+    ]
+
+    def work() -> None:
+        with tempfile.TemporaryDirectory(dir=folder) as name:
+            run = RunDirectory.create(Path(name) / "run")
+            with run.writing():
+                for entry in listed:
+                    run.add_shard(entry)
+
+    return shards, work
 
 
 def scoring(quantity: str) -> Callable[[int, Path], tuple[float, Work]]:
@@ -134,6 +160,7 @@ AXES = (
     Axis("sketch: parameters, wider", (64, 128, 256, 512, 768), (0.7, 1.05), one_pass("width")),
     Axis("sketch: parameters, more layers", (1, 2, 4, 8, 16), (0.9, 1.05), one_pass("blocks")),
     Axis("sketch: rows of a run", (256, 512, 1024, 2048, 4096), (0.8, 1.05), whole_sketch),
+    Axis("run: shards listed", (100, 200, 400, 800, 1600), (0.9, 1.1), listing),
     Axis("score: rows", (2048, 4096, 8192, 16384, 32768), (0.7, 1.05), scoring("rows")),
     Axis("score: queries", (8, 16, 32, 64, 128), (0.5, 1.05), scoring("queries")),
     Axis("score: steps", (2, 4, 8, 16, 32), (0.5, 1.05), scoring("steps")),
