@@ -57,16 +57,21 @@ class Bound:
 
 
 @dataclass(frozen=True)
-class Steps:
-    """The step vectors of all groups, for scores without windows and errors.
+class Columns:
+    """Some vectors of all groups, for scores without standard errors.
 
     Attributes:
-        vectors: by checkpoint and slot; the groups' vectors of one step are side by side.
-        shape: (τ, G).
+        vectors: by checkpoint and slot; the groups' vectors of one column are side by side.
+        shape: (U · C, G).
     """
 
     vectors: tuple[tuple[Operand, ...], ...]
     shape: tuple[int, int]
+
+    @property
+    def width(self) -> int:
+        """How many columns each row is multiplied with, all digits included."""
+        return sum(operand.width for one in self.vectors for operand in one)
 
 
 class Product:
@@ -112,24 +117,21 @@ class Product:
         )
         return Bound(laid, tuple(one.gram for one in vectors), (groups, columns))
 
-    def bind_steps(self, vectors: Sequence[QueryVectors]) -> Steps:
-        """Bring the step vectors alone to the device."""
-        slots, groups, columns, dim = vectors[0].values.shape
+    def bind_columns(self, chosen: Sequence[npt.NDArray[np.float32]]) -> Columns:
+        """Bring vectors (U, G, C, M) of each checkpoint to the device."""
+        slots, groups, columns, dim = chosen[0].shape
         laid = tuple(
-            tuple(
-                Operand.of(slot[:, :-2].transpose(1, 0, 2).reshape(-1, dim), self.device)
-                for slot in one.values
-            )
-            for one in vectors
+            tuple(Operand.of(slot.transpose(1, 0, 2).reshape(-1, dim), self.device) for slot in one)
+            for one in chosen
         )
-        return Steps(laid, (slots * (columns - 2), groups))
+        return Columns(laid, (slots * columns, groups))
 
-    def block(self, bound: Bound | Steps) -> int:
+    def block(self, bound: Bound | Columns) -> int:
         """How many rows to score at once."""
         most = _PRODUCTS // (8 * self.slots * bound.shape[0] * bound.shape[1])
         return max(_LEAST, min(_MOST, most, _BLOCK // (self.slots * self.dim)))
 
-    def blocks(self, bound: Bound | Steps, start: int, stop: int) -> list[tuple[int, int]]:
+    def blocks(self, bound: Bound | Columns, start: int, stop: int) -> list[tuple[int, int]]:
         """Rows start..stop cut into what is scored at once."""
         first = next(iter(self.sources.values()))
         return first.spans(start, stop, self.block(bound))
@@ -177,8 +179,8 @@ class Product:
             np.multiply(product, scale, out=out[:, slot].reshape(len(rows), -1))
         return out
 
-    def steps(self, bound: Steps, start: int, stop: int) -> torch.Tensor:
-        """SDI of rows start..stop at each step, float32 (B, τ, G); 0 where a step is absent."""
+    def columns(self, bound: Columns, start: int, stop: int) -> torch.Tensor:
+        """Scores of rows start..stop, float32 (B, U · C, G); 0 where a row's slot is absent."""
         blocks = [source.read(start, stop) for source in self.sources.values()]
         factor = np.ones((1, self.slots))
         if self.cosine:

@@ -1,10 +1,13 @@
 """The best training rows of each of many queries, in one pass that keeps no matrix.
 
 Scores of single queries are a million rows times every query; nobody wants them all. A pass over
-the training sketches makes the steps of a block in float32 (early and late influence of one query
-are sums of its own steps, so its windows need no products of their own), adds up the mean and the
-spread of the windows, and keeps the rows that rank among each query's best so far. Whoever wants
-all columns of those rows scores them again, exactly.
+the training sketches makes in float32 what the rows of a block are ranked by and both windows, adds
+up the mean and the spread of the windows, and keeps the rows that rank among each query's best so
+far. Whoever wants all columns of those rows scores them again, exactly.
+
+The windows of a query are sums of its steps. Either the steps are multiplied and their products
+added up, or the sums are, whichever are fewer columns: a step is one int8 digit, a sum needs three
+(`curate.multiply`).
 
 Letters: Q queries, B rows of a block, k rows kept, τ steps.
 """
@@ -22,12 +25,13 @@ from torch import Tensor
 
 from curate.columns import Moments
 from curate.errors import CurateError
-from curate.product import Product
+from curate.product import Columns, Product
 from curate.queryvectors import QueryVectors
 from curate.scratch import Progress
 from curate.workers import in_order
 
 Rows = npt.NDArray[np.int64]
+Vectors = npt.NDArray[np.float32]
 Masks = tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]
 NAMED = 10
 """How many rows an error names."""
@@ -49,14 +53,6 @@ class Ranking:
     def of(cls, name: str, ranked: tuple[int, ...]) -> Ranking:
         """From a column's name and its place among the raw columns, as `ranked_by` has them."""
         return cls(name) if name in ("total", "early", "late", "energy") else cls("step", ranked[0])
-
-    def key(self, steps: Tensor, windows: Tensor) -> Tensor:
-        """(B, Q) from steps (B, τ, Q) and the two windows (2, B, Q)."""
-        if self.name in ("early", "late"):
-            return windows[int(self.name == "late")]
-        if self.name == "step":
-            return steps[:, self.step]
-        return (steps.abs() if self.name == "energy" else steps).sum(dim=1)
 
 
 @dataclass(frozen=True)
@@ -89,14 +85,11 @@ def survey(
         CurateError: scores that are NaN or infinite, which nothing can be ranked by.
     """
     _check_queries(vectors, first)
-    bound = product.bind_steps(vectors)
-    shares = [_shares(mask) for mask in masks]
+    plan, bound = planned(product, vectors, masks, ranking)
     best = _Best(bound.shape[1], min(keep, product.rows))
 
     def work(start: int, stop: int) -> tuple[Moments, Rows, npt.NDArray[np.float32]]:
-        steps = product.steps(bound, start, stop)
-        windows = _windows(steps, shares)
-        key = ranking.key(steps, windows)
+        windows, key = plan.read(product.columns(bound, start, stop))
         _check_scores(key, windows, start)
         hits = (key > best.threshold).nonzero(as_tuple=True)
         rows = torch.stack([hits[1], hits[0] + start]).numpy()
@@ -135,6 +128,71 @@ def _not_finite(side: str, rows: Rows) -> CurateError:
         "sketches are damaged (check the run with `curate doctor RUN`), or so large that products "
         "overflow float32: then leave these rows out, and sketch and score again"
     )
+
+
+class _Sums:
+    """Products with the windows' own vectors, and with the key's where it is none of their sums.
+
+    Args:
+        whole: the windows together are the total.
+    """
+
+    def __init__(self, ranking: Ranking, *, whole: bool) -> None:
+        self._ranking = ranking
+        self._own = ranking.name == "step" or (ranking.name == "total" and not whole)
+
+    def chosen(self, values: Vectors) -> Vectors:
+        """What of a checkpoint's vectors (1, G, τ + 2, M) is multiplied."""
+        steps, windows = values[:, :, :-2], values[:, :, -2:]
+        if not self._own:
+            return windows
+        step = self._ranking.step
+        own = steps.sum(axis=2) if self._ranking.name == "total" else steps[:, :, step]
+        return np.concatenate([windows, own[:, :, None]], axis=2)
+
+    def read(self, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """The windows (2, B, Q) and the key (B, Q) from products (B, 2 or 3, Q)."""
+        windows, name = columns[:, :2].movedim(1, 0), self._ranking.name
+        if self._own:
+            return windows, columns[:, 2]
+        return windows, windows.sum(dim=0) if name == "total" else windows[int(name == "late")]
+
+
+class _Steps:
+    """Products with the vectors of all steps, from which windows and key are added up."""
+
+    def __init__(self, ranking: Ranking, masks: Masks) -> None:
+        self._ranking, self._shares = ranking, [_shares(mask) for mask in masks]
+
+    def chosen(self, values: Vectors) -> Vectors:
+        """What of a checkpoint's vectors (U, G, C, M) is multiplied."""
+        return values[:, :, :-2]
+
+    def read(self, columns: Tensor) -> tuple[Tensor, Tensor]:
+        """The windows (2, B, Q) and the key (B, Q) from products (B, τ, Q)."""
+        windows, name = _windows(columns, self._shares), self._ranking.name
+        if name in ("early", "late"):
+            return windows, windows[int(name == "late")]
+        if name == "step":
+            return windows, columns[:, self._ranking.step]
+        return windows, (columns.abs() if name == "energy" else columns).sum(dim=1)
+
+
+def planned(
+    product: Product, vectors: Sequence[QueryVectors], masks: Masks, ranking: Ranking
+) -> tuple[_Sums | _Steps, Columns]:
+    """The cheaper way, with what it multiplies; arguments as for `survey`."""
+    plans: list[_Sums | _Steps] = [_Steps(ranking, masks)]
+    if len(vectors[0].values) == 1 and ranking.name != "energy":  # else each slot has its step only
+        plans.append(_Sums(ranking, whole=all(_covered(one.values[0], masks) for one in vectors)))
+    bound = [product.bind_columns([plan.chosen(one.values) for one in vectors]) for plan in plans]
+    return min(zip(plans, bound, strict=True), key=lambda pair: pair[1].width)
+
+
+def _covered(values: Vectors, masks: Masks) -> bool:
+    """Whether every step that has a vector, in (Q, τ + 2, M), is in just one window, of (Q, τ)."""
+    early, late = masks
+    return not values[:, :-2][early == late].any()
 
 
 def _shares(mask: npt.NDArray[np.bool_]) -> list[tuple[int, Tensor | None]]:

@@ -11,20 +11,22 @@ import pytest
 from polars.testing import assert_frame_equal
 
 from curate import pairscores, product
+from curate import survey as surveying
 from curate.blocks import Block, SketchRows
 from curate.errors import CurateError
 from curate.queryvectors import Groups, QueryVectors
 from curate.scores import Scoring, score_run
 from curate.scoresettings import ScoreSettings, chosen_weights
 from curate.survey import Found, Ranking, survey
+from curate.windows import Windows
 from tests.sketchedrun import Made, make
 
 QUERIES = 7
 
 
-def scoring(made: Made, top_k: int = 3) -> Scoring:
+def scoring(made: Made, top_k: int = 3, **settings_of: Any) -> Scoring:
     """Scores of the generated run, about to be made."""
-    settings = ScoreSettings(weights=chosen_weights(made.run.manifest, {}))
+    settings = ScoreSettings(weights=chosen_weights(made.run.manifest, {}), **settings_of)
     return Scoring(made.run, "test", "test", settings, {"top_k": top_k, "top_by": "total"}, "cpu")
 
 
@@ -91,3 +93,51 @@ def test_best_rows_are_read_by_blocks(
     assert max(taken) == 6
     expected, found = (run.tops("test").collect() for run in (once, often))
     assert_frame_equal(found, expected, rel_tol=1e-6, abs_tol=1e-7)
+
+
+@pytest.mark.parametrize("settings", [{}, {"kind": "cosine"}, {"precondition": 0.1}], ids=str)
+@pytest.mark.parametrize("by", ["total", "early", "late", "step"])
+@pytest.mark.parametrize(
+    ("windows", "whole"),
+    [
+        (Windows(), True),
+        (Windows((0, 0.3), (0.6, 1)), False),
+        (Windows((1, 6), (5, 9), "step"), False),
+    ],
+    ids=["halves", "gap", "overlap"],
+)
+def test_sums_find_what_steps_find(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    windows: Windows,
+    whole: bool,
+    by: str,
+    settings: dict[str, Any],
+) -> None:
+    """The windows' own vectors, which are chosen, give the rows and the moments of all steps."""
+    made = make(tmp_path / "run", steps=10, depths=(10, 3, 7, 9, 1, 10, 5))
+    own = scoring(made, windows=windows, **settings)
+    vectors, ranking = own.vectors(Groups.single(0, QUERIES)), Ranking(by, 4)
+    given = (own.product, vectors, own.side.masks, ranking)
+    plan, bound = surveying.planned(*given)
+    assert isinstance(plan, surveying._Sums)
+    assert bound.shape == (3 if by == "step" or (by == "total" and not whole) else 2, QUERIES)
+    summed = survey(*given, 5)
+    stepped = surveying._Steps(ranking, own.side.masks)
+    steps = own.product.bind_columns([stepped.chosen(one.values) for one in vectors])
+    monkeypatch.setattr(surveying, "planned", lambda *_: (stepped, steps))
+    other = survey(*given, 5)
+    np.testing.assert_array_equal(np.sort(summed.rows), np.sort(other.rows))
+    for name in ("mean", "square"):
+        one, two = (getattr(found.moments, name) for found in (summed, other))
+        np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6 * np.abs(two).max())
+
+
+def test_few_steps_are_multiplied_themselves(tmp_path: Path) -> None:
+    """Where sums would be more columns, or a slot has one step only, the steps are chosen."""
+    for name, settings in {"few": {"steps": 2}, "untied": {"steps": 12, "tied": False}}.items():
+        own = scoring(make(tmp_path / name / "run", **settings))
+        vectors = own.vectors(Groups.single(0, QUERIES))
+        plan, bound = surveying.planned(own.product, vectors, own.side.masks, Ranking("step"))
+        assert isinstance(plan, surveying._Steps)
+        assert bound.shape == (settings["steps"], QUERIES)

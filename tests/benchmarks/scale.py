@@ -6,10 +6,10 @@ Generates a run of N int8 sketches (m = 4096, and m = 1024 for the search; see `
 DIR for the next time or else removed, and measures, each in a process of its own:
 
 - scores: the survey of 64 queries × 8 steps and the whole of `score_run` (the mean over the
-  queries, the best 100 rows of each, the tables); multiply-adds a second beside those of the bare
-  product on the same shapes and threads, in int8, bf16 and float32, before and after; the peak of
-  anonymous memory; and what writing the queries in digits rounds off, beside the sketch's own error
-  and beside that of bf16.
+  queries, the best 100 rows of each, the tables); the survey's multiply-adds a second beside those
+  of the bare product on its shapes and threads, in int8, bf16 and float32, before and after; the
+  peak of anonymous memory; and what writing the queries in digits rounds off, beside the sketch's
+  own error and beside that of bf16.
 - groups: `score_run` for eight groups of queries and their maximum.
 - search: the exact best 100 of each query on one core, one by one and all at once, with the share
   of the vectors that was scanned, for whole queries and for single steps.
@@ -89,7 +89,7 @@ def scores(folder: Path) -> Iterator[Line]:
     from curate.rundir import RunDirectory
     from curate.scores import Scoring, score_run
     from curate.scoresettings import ScoreSettings, chosen_weights
-    from curate.survey import Ranking, survey
+    from curate.survey import Ranking, planned, survey
 
     run = RunDirectory.open(folder)
     forget(run, "measured")
@@ -97,26 +97,27 @@ def scores(folder: Path) -> Iterator[Line]:
     scoring = Scoring(run, "query", "survey", settings, {}, "cpu")
     queries, product = scoring.side.rows, scoring.product
     vectors = scoring.vectors(Groups.single(0, queries))
-    bound = product.bind_steps(vectors)
-    columns = queries * scoring.side.steps
-    before = product_rates(product.block(bound), product.dim, columns)
+    given = (product, vectors, scoring.side.masks, Ranking("total"))
+    _, bound = planned(*given)
+    before = product_rates(product.block(bound), product.dim, bound.width)
     watch = Watch()
     watch.start()
     begin = time.perf_counter()
-    survey(product, vectors, scoring.side.masks, Ranking("total"), TOP)
+    survey(*given, TOP)
     middle = time.perf_counter()
     score_run(run, "query", name="measured", top_k=TOP, overwrite=True)
     end = time.perf_counter()
     watch.done = True
     watch.join()
-    after = product_rates(product.block(bound), product.dim, columns)
+    after = product_rates(product.block(bound), product.dim, bound.width)
     rates = {kind: (before[kind] + after[kind]) / 2 for kind in before}
-    work = product.rows * product.dim * columns
+    work = product.rows * product.dim * bound.width
     for name, seconds in (("survey", middle - begin), ("score_run", end - middle)):
         yield {
             "part": f"scores: {name}",
             "seconds": seconds,
             "rows per second": product.rows / seconds,
+            "columns": bound.width,
             "GMAC per second": work / seconds / 1e9,
             **{f"share of {kind}": work / seconds / rate for kind, rate in rates.items()},
             "anonymous MiB": max(watch.peak, anonymous()) / 1024,
