@@ -4,7 +4,7 @@ Nothing heavy is imported here: a verb's file is loaded when it is named (or lis
 and imports what it works with when it runs.
 
 Exit status: 0 done (a closed pipe included), 1 failed, 2 wrong usage or recipe, 3 a check failed,
-130 interrupted and safe to resume.
+130 interrupted and 143 ended by SIGTERM, both safe to resume.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ from __future__ import annotations
 import errno
 import importlib
 import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -38,6 +41,10 @@ VERBS = (
 
 class ClosedPipeError(Exception):
     """Whoever read our standard output has gone; click would make this exit status 1."""
+
+
+class TerminatedError(BaseException):
+    """SIGTERM came, which schedulers send some time before they kill."""
 
 
 class Verbs(click.Group):
@@ -94,15 +101,43 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _main(argv)
 
 
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Meanwhile SIGTERM unwinds as Ctrl-C does: processes end, and temporary files go.
+
+    Where somebody has settled what it does, or in a thread, it is left alone.
+    """
+    ours, main = os.getpid(), threading.current_thread() is threading.main_thread()
+
+    def end(number: int, _: object) -> None:
+        if os.getpid() != ours:  # a process that was forked ends as it would have
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        signal.signal(number, signal.SIG_IGN)  # what unwinds is not to be cut short
+        raise TerminatedError
+
+    if not main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def _main(argv: Sequence[str] | None) -> int:
     """Exceptions to exit statuses."""
     try:
         # standalone_mode=False: click hands us its exceptions and we choose the exit status
-        result = cli.main(
-            args=None if argv is None else list(argv), prog_name="curate", standalone_mode=False
-        )
+        with _terminable():
+            result = cli.main(
+                args=None if argv is None else list(argv), prog_name="curate", standalone_mode=False
+            )
     except (click.exceptions.Abort, KeyboardInterrupt):  # the second from outside of click
         return _said("interrupted; nothing is lost: the same command continues", 130)
+    except TerminatedError:
+        return _said("terminated; nothing is lost: the same command continues", 143)
     except click.ClickException as failure:
         return _said(_usage_line(failure), failure.exit_code)
     except ClosedPipeError:

@@ -4,11 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -329,56 +324,3 @@ def test_parquet_needs_overwrite(tmp_path: Path) -> None:
     emit(pl.DataFrame({"a": [1]}), output)
     with pytest.raises(UsageError, match="--overwrite"):
         emit(pl.DataFrame({"a": [2]}), output)
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(ROOT)}
-
-
-def test_a_closed_pipe_is_no_failure(run: Path) -> None:
-    """`curate sql … | head -1` exits 0 without a word on standard error."""
-    statement = "select i, repeat('x', 200) as text from range(20000) t(i)"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "curate.cli", "sql", str(run), statement, "--csv"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=environment(),
-    )
-    assert process.stdout is not None
-    assert process.stderr is not None
-    process.stdout.readline()
-    process.stdout.close()
-    assert process.stderr.read() == b""
-    process.stderr.close()
-    assert process.wait(timeout=60) == 0
-
-
-def test_an_interrupt_is_130(tmp_path: Path) -> None:
-    """Ctrl-C ends a run with exit status 130 and one line that says it can be resumed."""
-    path = make(tmp_path, train="tiny.py:wait")
-    slow = "\n\ndef wait(context):\n    import time\n    context.log('now')\n    time.sleep(60)\n"
-    (tmp_path / "tiny.py").write_text(MODEL + slow)
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "curate.cli",
-            "run",
-            str(path),
-            "--into",
-            str(tmp_path / "run"),
-            "--trust-code",
-        ],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment(),
-    )
-    assert process.stderr is not None
-    while "now" not in process.stderr.readline():
-        assert process.poll() is None
-    time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "interrupted" in said
-    assert "Traceback" not in said
