@@ -7,6 +7,7 @@ score, `quantile`, `quotas`, one of `top`, `fraction` and `round_robin`, and the
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 import polars as pl
@@ -14,12 +15,14 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from curate.errors import CurateError, UsageError
 from curate.manifest import SelectionEntry
-from curate.rank import default_query, scored, scored_examples
+from curate.rank import default_query, from_examples, scored
 
 if TYPE_CHECKING:
     from curate.rundir import RunDirectory
 
 KEPT = "kept"
+NEEDED = ("row", "id", "source", "tokens", "leaks")
+"""Columns that the rules speak of, beside those of the score and the condition."""
 
 
 class FilterConfig(BaseModel):
@@ -177,6 +180,17 @@ def _by_tokens(frame: pl.DataFrame, budget: int | None) -> pl.DataFrame:
     return _keep_only(frame, within, f"over the budget of {budget} tokens")
 
 
+def decided(run: RunDirectory, query: str, rules: FilterConfig) -> pl.DataFrame:
+    """The decision on every training row of a run, from no more columns than the rules name.
+
+    Raises UsageError as `decide`.
+    """
+    has_tops = rules.round_robin and run.influence_entry(query).tops
+    tops = run.tops(query).collect() if has_tops else None
+    work = partial(decide, config=rules, tops=tops)
+    return from_examples(run, query, work, rules.by, rules.where, NEEDED)
+
+
 def filter(
     run: RunDirectory,
     query: str | None = None,
@@ -197,16 +211,14 @@ def filter(
     there = run.manifest.selections.get(name)
     if there is not None and not overwrite and there.config.get("filter") != config:
         raise CurateError(f"the run has another selection {name!r}; --overwrite replaces it")
-    influence = run.influence_entry(query)
-    tops = run.tops(query).collect() if rules.round_robin and influence.tops else None
-    decisions = decide(scored_examples(run, query), rules, tops)
+    decisions = decided(run, query, rules)
     if not decisions["kept"].any():
         reasons = decisions["rule"].value_counts(sort=True).head(3).rows()
         seen = "; ".join(f"{count} rows {rule}" for rule, count in reasons)
         raise UsageError(f"the rules leave no row ({seen}); loosen them")
     entry = SelectionEntry(
         query=query,
-        train_set=influence.train_set,
+        train_set=run.influence_entry(query).train_set,
         rows=decisions.height,
         kept=int(decisions["kept"].sum()),
         config={"filter": config},

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import polars as pl
+from polars import selectors
 
 from curate.errors import UsageError
 from curate.query import evaluate
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from curate.rundir import RunDirectory
 
 Tables = tuple[pl.LazyFrame, pl.LazyFrame]
+Result = TypeVar("Result")
 SHOWN = ("row", "id", "source", "score", "score_se", "rank")
 _EXPANDS = re.compile(
     r"""\b(?:columns|frame)\b | \# | -- | /\*
@@ -135,9 +138,26 @@ def default_query(run: RunDirectory, query: str | None) -> str:
     raise UsageError(f"say which query to go by with --query (scored: {known})")
 
 
-def scored_examples(run: RunDirectory, query: str) -> pl.DataFrame:
-    """Every training row with its influence on `query` and its example columns, by row."""
-    return _joined(_tables(run, query)).sort("row").collect()
+def from_examples(
+    run: RunDirectory,
+    query: str,
+    work: Callable[[pl.DataFrame], Result],
+    by: str,
+    where: str | None = None,
+    needed: Sequence[str] = (),
+) -> Result:
+    """What `work` makes of every training row with its influence on `query`, by row.
+
+    It is given the columns that are `needed` and those that `by` and `where` name; or all, where
+    these may mean columns that they do not name, or where it raises UsageError, whose message says
+    which columns there are.
+    """
+    whole = _joined(_tables(run, query)).sort("row")
+    if not any(_EXPANDS.search(text) for text in (by, where or "")):
+        wanted = {*_named(whole, by, where), *needed}
+        with suppress(UsageError):
+            return work(whole.select(selectors.by_name(*wanted, require_all=False)).collect())
+    return work(whole.collect())
 
 
 def _tables(run: RunDirectory, query: str) -> Tables:
@@ -163,21 +183,23 @@ def _ranked(tables: Tables, config: RankConfig) -> pl.DataFrame:
     Read whole, they go to SQL in the order of the rows, as all columns would: a window function
     without ORDER BY sees the same neighbours. A join of the Parquet files in SQL keeps no order.
     """
-    text = f"{config.by} {config.where or ''}".lower()
-
-    def named(table: pl.LazyFrame) -> list[str]:
-        names = table.collect_schema().names()
-        return [n for n in names if n in ("row", f"{config.by}_se") or n.lower() in text]
-
-    influence, examples = tables
-    alone = config.by in named(influence) and config.where is None  # a row without has no rank
+    influence = tables[0]
+    ours, theirs = (_named(table, config.by, config.where) for table in tables)
+    alone = config.by in ours and config.where is None  # a row without has no rank
     if not alone:
-        alone = set(named(examples)) <= {"row"} | set(named(influence)) and _same_rows(tables)
+        alone = set(theirs) <= {"row", *ours} and _same_rows(tables)
     table = influence if alone else _joined(tables)
-    frame = table.select(named(table)).collect().sort("row")
+    frame = table.select(_named(table, config.by, config.where)).collect().sort("row")
     columns = evaluated(frame, config.by, config.where)
     front = _front(columns, config)
     return rank_frame(frame.filter(front), config, columns.filter(front))
+
+
+def _named(table: pl.LazyFrame, by: str, where: str | None) -> list[str]:
+    """The columns of a table that a score and a condition may name, the error, and `row`."""
+    text = f"{by} {where or ''}".lower()
+    names = table.collect_schema().names()
+    return [n for n in names if n in ("row", f"{by}_se") or n.lower() in text]
 
 
 def _same_rows(tables: Tables) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -11,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from curate.errors import UsageError
 from curate.filter import record
-from curate.rank import default_query, scored, scored_examples
+from curate.rank import default_query, from_examples, scored
 
 if TYPE_CHECKING:
     from curate.rundir import RunDirectory
@@ -115,8 +116,9 @@ def reweight(
         used = config.model_copy(update={"descending": downwards})
     else:
         used = config
-        frame = scored_examples(run, default_query(run, entry.query))
-        scores = scored(frame, config.by).sort("row")["score"]
+        work = partial(scored, by=config.by)
+        found = from_examples(run, default_query(run, entry.query), work, config.by)
+        scores = found.sort("row")["score"]
     changed = reweight_frame(decisions, used, scores)
     settings = {**entry.config, "reweight": config.model_dump()}
     return record(run, selection, entry.model_copy(update={"config": settings}), changed)

@@ -117,27 +117,17 @@ def filter_rows(
     dry_run: bool = False,
 ) -> pl.DataFrame:
     """Decide which rows are kept, and sum the decisions up by source and by reason."""
-    from curate.filter import FilterConfig
+    from curate.filter import FilterConfig, decided
     from curate.filter import filter as decide
+    from curate.rank import default_query
     from curate.strict import validated
 
     config = validated(FilterConfig, dict(rules), "filter")
     run = RunDirectory.open(path)
     if dry_run:
-        return summed_decisions(_decided(run, query, config))
+        return summed_decisions(decided(run, default_query(run, query), config))
     with run.writing():
         return summed_decisions(decide(run, query, name, config, overwrite=overwrite))
-
-
-def _decided(run: RunDirectory, query: str | None, config: Any) -> pl.DataFrame:
-    """The decisions that `filter` would write."""
-    from curate.filter import decide
-    from curate.rank import default_query, scored_examples
-
-    name = default_query(run, query)
-    has_tops = config.round_robin and run.influence_entry(name).tops
-    tops = run.tops(name).collect() if has_tops else None
-    return decide(scored_examples(run, name), config, tops)
 
 
 def summed_decisions(decisions: pl.DataFrame) -> pl.DataFrame:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import polars as pl
 import pytest
+from polars.testing import assert_frame_equal
 from pydantic import ValidationError
 
 from curate.errors import UsageError
-from curate.filter import FilterConfig, decide, take_turns
+from curate.filter import NEEDED, FilterConfig, decide, decided, take_turns
+from curate.rank import from_examples
+from curate.rundir import RunDirectory
+from curate.scores import score_run
+from tests.sketchedrun import make
 
 FRAME = pl.DataFrame(
     {
@@ -99,3 +106,48 @@ def test_unknown_rule_is_refused() -> None:
     """A rule that does not exist is an error, never ignored."""
     with pytest.raises(ValidationError):
         FilterConfig(tpo=3)  # type: ignore[call-arg]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    """A scored run."""
+    made = make(tmp_path_factory.mktemp("filter") / "run").run
+    score_run(made, "test")
+    return made
+
+
+def columns_of(run: RunDirectory, by: str, where: str | None = None) -> pl.DataFrame:
+    """What a filter by this is given."""
+    return from_examples(run, "test", lambda frame: frame, by, where, NEEDED)
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {"by": "late", "top": 5, "quotas": {"a": 0.5}},
+        {"by": "early - LATE", "where": "topic = 'x' and length(text) > 6", "fraction": 0.5},
+        {"where": "greatest(*columns('s0.')) > 0"},
+        {"where": "frame.total > 0", "tokens": 100},
+    ],
+    ids=["name", "formula", "columns", "frame"],
+)
+def test_decisions_need_no_more_columns_than_are_named(
+    run: RunDirectory, rules: dict[str, Any]
+) -> None:
+    """From a run they are what the whole table gives."""
+    config = FilterConfig(**rules)
+    expected = decide(columns_of(run, "*"), config)
+    assert_frame_equal(decided(run, "test", config), expected)
+
+
+def test_text_is_not_read_unless_it_is_named(run: RunDirectory) -> None:
+    """What rows hold beside their scores stays on disk; a score has its error with it."""
+    whole = set(columns_of(run, "*").columns)
+    assert set(columns_of(run, "late").columns) == {*NEEDED, "late", "late_se"} & whole
+    assert {"text", "total"} <= set(columns_of(run, "total", "text like '%1'").columns)
+
+
+def test_a_column_that_is_not_there_is_told_from_all_that_are(run: RunDirectory) -> None:
+    """The line names the columns that could have been meant, text among them."""
+    with pytest.raises(UsageError, match="text"):
+        decided(run, "test", FilterConfig(where="txet = 'a'"))

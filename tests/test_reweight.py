@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import polars as pl
 import pytest
@@ -9,7 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from curate.errors import UsageError
-from curate.reweight import ReweightConfig, reweight_frame, weights
+from curate.filter import FilterConfig, filter
+from curate.reweight import ReweightConfig, reweight, reweight_frame, weights
+from curate.scores import score_run
+from tests.sketchedrun import make
 
 METHODS = ("softmax", "rank", "linear", "clip")
 SCORES = st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=30).map(np.array)
@@ -61,3 +66,18 @@ def test_refusals() -> None:
         weights(np.array([1.0, 2.0]), ReweightConfig(low=3, high=2))
     with pytest.raises(UsageError, match="keeps no row"):
         reweight_frame(pl.DataFrame({"kept": [False], "score": [1.0]}), ReweightConfig())
+
+
+def test_by_another_score_of_a_run(tmp_path: Path) -> None:
+    """A formula weighs the kept rows; a column that is not there is told from all that are."""
+    run = make(tmp_path / "run").run
+    score_run(run, "test")
+    filter(run, "test", rules=FilterConfig(top=6))
+    found = reweight(run, config=ReweightConfig(by="early - LATE", method="rank"))
+    kept = found.filter("kept")
+    table = run.influence("test").collect().join(kept, on="row", how="right")
+    expected = (table["early"] - table["late"]).rank()
+    assert kept["weight"].rank().to_list() == expected.to_list()
+    assert found.filter(~pl.col("kept"))["weight"].sum() == 0
+    with pytest.raises(UsageError, match="total"):
+        reweight(run, config=ReweightConfig(by="totl"))
