@@ -200,10 +200,7 @@ def _refuse_padding(mask: Tensor, *, causal: bool) -> None:
 
 
 def _refuse_left_padding(model: nn.Module, batch: Batch, labels: Tensor, *, causal: bool) -> None:
-    """Refuse padding before a row that may move its positions, or that tells its first token.
-
-    What a wrapper's own forward does not name is not seen.
-    """
+    """Refuse padding before a row that may move its positions, or that tells its first token."""
     mask = batch["attention_mask"]
     if not isinstance(mask, Tensor) or mask.shape != labels.shape or mask.ndim != 2:
         return
@@ -234,9 +231,11 @@ def _taken(model: nn.Module) -> set[str]:
 def _call_arguments(model: nn.Module, batch: Batch) -> tuple[list[Tensor], dict[str, object]]:
     """Choose what of the batch the forward takes: positional and keyword arguments."""
     inputs: dict[str, object] = {name: value for name, value in batch.items() if name != "labels"}
-    parameters = inspect.signature(_unwrapped(model).forward).parameters.values()
-    named = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    inner = inspect.signature(_unwrapped(model).forward).parameters.values()
+    outer = inspect.signature(model.forward).parameters.values()
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    named = {p.name for p in (*inner, *outer) if p.kind in kinds}
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in inner)
     if not named and open_ended:
         return [], inputs
     keywords = {name: value for name, value in inputs.items() if name in named}
@@ -250,8 +249,12 @@ def _call_arguments(model: nn.Module, batch: Batch) -> tuple[list[Tensor], dict[
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """See through wrappers whose forward is (*args, **kwargs): data parallel and compiled."""
+    """See through wrappers that pass on what they are given: data parallel, compiled, of peft."""
     while True:
+        adapter = getattr(model, "active_peft_config", None)
+        if adapter is not None and not adapter.is_prompt_learning:
+            model = model.get_base_model()  # type: ignore[operator]
+            continue
         inner = model.__dict__.get("_modules", {})
         wrapped = inner.get("_orig_mod") or (inner.get("module") if len(inner) == 1 else None)
         if not isinstance(wrapped, nn.Module):

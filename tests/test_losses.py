@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -130,7 +131,29 @@ def test_padding_a_model_cannot_see_is_refused() -> None:
         masked_lm_loss(NoMask(), make_batch())
 
 
-def test_padding_on_the_left_is_refused_where_it_would_tell() -> None:
+class Adapted(nn.Module):
+    """As peft wraps a model: a forward of its own, which hands on what it does not name."""
+
+    active_peft_config = SimpleNamespace(is_prompt_learning=False)
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.base_model = nn.ModuleDict({"model": model})
+
+    def get_base_model(self) -> nn.Module:
+        """The model within."""
+        return self.base_model["model"]
+
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, **others: Any) -> Any:
+        """As the model within."""
+        given = {"input_ids": input_ids, "attention_mask": attention_mask}
+        return self.get_base_model()(**given, **others)
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, Adapted], ids=["plain", "peft"])
+def test_padding_on_the_left_is_refused_where_it_would_tell(
+    wrap: Callable[[nn.Module], nn.Module],
+) -> None:
     """A target predicted from padding, and positions counted from it; with neither it is right."""
 
     class Placed(nn.Module):
@@ -151,16 +174,36 @@ def test_padding_on_the_left_is_refused_where_it_would_tell() -> None:
         for name, value in right.items()
     }
     own = left["attention_mask"]
-    expected = causal_lm_loss(Placed(), right)
+    expected = causal_lm_loss(wrap(Placed()), right)
     with pytest.raises(LossError, match=r"row \d of the batch .* predicted from padding"):
-        causal_lm_loss(Placed(), left)
+        causal_lm_loss(wrap(Placed()), left)
     left["labels"][(own.cumsum(dim=1) == 1) & (own == 1)] = -100  # the first token
     with pytest.raises(LossError, match=r"row \d of the batch .* has no position_ids"):
-        causal_lm_loss(Placed(), left)
+        causal_lm_loss(wrap(Placed()), left)
     with pytest.raises(LossError, match="has no position_ids"):
-        masked_lm_loss(Placed(), left)
+        masked_lm_loss(wrap(Placed()), left)
     left["position_ids"] = (own.cumsum(dim=1) - 1).clamp_min(0)
-    torch.testing.assert_close(causal_lm_loss(Placed(), left), expected)
+    torch.testing.assert_close(causal_lm_loss(wrap(Placed()), left), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft's own
+def test_positions_reach_a_model_within_peft() -> None:
+    """Peft's own wrapper does not name position_ids; they count all the same."""
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    sizes = {"vocab_size": 12, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 16}
+    sizes |= {"bos_token_id": 0, "eos_token_id": 0}
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).eval()
+    lora = peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], fan_in_fan_out=True)
+    wrapped = peft.get_peft_model(model, lora).eval()
+    ids = torch.arange(1, 6)[None]
+    right = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+    right["labels"][:, 0] = -100
+    pads = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    left = {name: functional.pad(value, (2, 0), value=pads[name]) for name, value in right.items()}
+    with pytest.raises(LossError, match="has no position_ids"):
+        causal_lm_loss(wrapped, left)
+    left["position_ids"] = (left["attention_mask"].cumsum(dim=1) - 1).clamp_min(0)
+    torch.testing.assert_close(causal_lm_loss(wrapped, left), causal_lm_loss(wrapped, right))
 
 
 @pytest.mark.parametrize("reduce", ["mean", "sum"])
