@@ -1,7 +1,8 @@
-"""Attention in half precision has the gradients of float64, nearer than torch's own come."""
+"""Attention of a pass is that of float64 to rounding; in half precision nearer than torch's own."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from sdi.quicker import run
 from tests.looped import make, names, tokens
 
 HALF = [torch.bfloat16, torch.float16]
+SINGLE = torch.float32
 
 
 def attention(*args: Any, **kwargs: Any) -> Tensor:
@@ -29,9 +31,20 @@ def attention(*args: Any, **kwargs: Any) -> Tensor:
     return found
 
 
+@pytest.fixture(params=["compiled", "torch's"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which kernels serve float32: of any size the compiled ones, or torch's."""
+    compiles = request.param == "compiled"
+    if compiles:
+        pytest.importorskip("numba")
+    monkeypatch.setattr(module, "LARGE", 0)
+    monkeypatch.setattr(module, "costs", lambda _: SimpleNamespace(compiles_attention=compiles))
+    return str(request.param)
+
+
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
-    """Types of the queries whose gradients were taken in float32."""
+    """Types of the queries whose attention was not left to torch."""
     seen: list[torch.dtype] = []
     real = module._Attention.apply
 
@@ -78,7 +91,9 @@ def _masks(keys: int) -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("name", list(_masks(12)))
 @pytest.mark.parametrize("keys", [12, 17])
 @pytest.mark.parametrize("kind", HALF, ids=str)
-def test_gradients(kind: torch.dtype, keys: int, name: str, served: list[torch.dtype]) -> None:
+def test_gradients(
+    kind: torch.dtype, keys: int, name: str, kernels: str, served: list[torch.dtype]
+) -> None:
     """Those of float64, no further off than torch's; the output is torch's to the bit."""
     options = _masks(keys)[name]
     mask = options.get("attn_mask")
@@ -99,8 +114,25 @@ def test_gradients(kind: torch.dtype, keys: int, name: str, served: list[torch.d
         assert off < 4 * torch.finfo(kind).eps and off < 1.2 * torchs
 
 
-@pytest.mark.parametrize("kind", HALF, ids=str)
-def test_rows_that_see_nothing(kind: torch.dtype, served: list[torch.dtype]) -> None:
+@pytest.mark.parametrize("name", list(_masks(12)))
+@pytest.mark.parametrize("keys", [12, 17])
+def test_float32(name: str, keys: int, kernels: str, served: list[torch.dtype]) -> None:
+    """Compiled, output and gradients are those of float64 to rounding; else it is torch's."""
+    options, operands = _masks(keys)[name], _operands(SINGLE, keys)
+    found = _gradients(attention, operands, **options)
+    assert served == ([SINGLE] if kernels == "compiled" else [])
+    wide = [t.detach().double().requires_grad_() for t in operands]
+    mask = options.get("attn_mask")
+    if mask is not None and mask.is_floating_point():
+        options = {"attn_mask": mask.double()}
+    exact = _gradients(F.scaled_dot_product_attention, wide, **options)
+    for ours, expected in zip(found, exact, strict=True):
+        assert ours.dtype == SINGLE
+        torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [*HALF, SINGLE], ids=str)
+def test_rows_that_see_nothing(kind: torch.dtype, kernels: str, served: list[torch.dtype]) -> None:
     """A query whose keys are all masked has the output and the gradients that torch gives it."""
     keep = torch.ones(3, 1, 12, 12, dtype=torch.bool)
     keep[1, :, 4] = False
@@ -109,26 +141,24 @@ def test_rows_that_see_nothing(kind: torch.dtype, served: list[torch.dtype]) -> 
         for call in (attention, F.scaled_dot_product_attention)
     )
     torch.testing.assert_close(found, plain, rtol=0.05, atol=0.02, equal_nan=True)
-    assert served
+    assert bool(served) == (kind != SINGLE or kernels == "compiled")
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")  # under vmap
-def test_what_is_left_to_torch(served: list[torch.dtype]) -> None:
-    """Other types, long rows, dropout, grouped heads, some masks, other kernels, transforms."""
-    query, key, value = _operands(torch.bfloat16)
-    mask = torch.zeros(12, 12, dtype=torch.bfloat16)
-    attention(*_operands(torch.float32))
+@pytest.mark.parametrize("kind", [torch.bfloat16, SINGLE], ids=str)
+def test_what_is_left_to_torch(kind: torch.dtype, kernels: str, served: list[torch.dtype]) -> None:
+    """Other types, dropout, grouped heads, some masks, other kernels, transforms."""
+    query, key, value = _operands(kind)
+    mask = torch.zeros(12, 12, dtype=kind)
     attention(*_operands(torch.float64))
     attention(query, key, value, dropout_p=0.1)
     attention(query, key[:, :1], value[:, :1], enable_gqa=True)
     attention(query, key, value, mask.clone().requires_grad_())
-    attention(query, key, value, mask.float())
+    if kind != SINGLE:
+        attention(query, key, value, mask.float())
     attention(query, key, value, mask, is_causal=True)
     attention(query[0], key[0], value[0])
     attention(*(t.detach() for t in (query, key, value)))
-    long = torch.zeros(1, 1, (module.SHORT >> 3) + 1, 8, dtype=torch.bfloat16, requires_grad=True)
-    if module.multiplies_bfloat16(long.device):
-        attention(long, long, long)
     with sdpa_kernel(SDPBackend.MATH):
         attention(query, key, value)
     with torch.autocast("cpu", torch.bfloat16):
@@ -136,11 +166,39 @@ def test_what_is_left_to_torch(served: list[torch.dtype]) -> None:
     with torch.no_grad():
         attention(query, key, value)
     torch.func.vmap(attention)(*(t[:, None] for t in (query, key, value)))
-    with torchs_own():
-        attention(query, key, value)
     assert not served
     attention(query, key, value)
-    assert served == [torch.bfloat16]
+    assert bool(served) == (kind != SINGLE or kernels == "compiled")
+
+
+def test_torchs_own(kernels: str, served: list[torch.dtype]) -> None:
+    """Half precision is left to torch on request; float32, which rounds no worse, is not."""
+    with torchs_own():
+        for kind in HALF:
+            attention(*_operands(kind))
+        assert not served
+        attention(*_operands(SINGLE))
+    assert bool(served) == (kernels == "compiled")
+
+
+def test_long_rows(kernels: str, served: list[torch.dtype]) -> None:
+    """Of bfloat16, long rows gain by the compiled kernels only."""
+    long = torch.zeros(1, 2, (module.SHORT >> 3) + 1, 8, dtype=torch.bfloat16, requires_grad=True)
+    gains = kernels == "compiled" or not module.multiplies_bfloat16(long.device)
+    attention(long, long, long)
+    assert bool(served) == gains
+
+
+def test_few_heads_and_few_tokens(
+    kernels: str, served: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Float32 is left to torch where a call costs more, or threads would have nothing to do."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 7)  # 3 rows of 2 heads
+    attention(*_operands(SINGLE))
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "costs", lambda _: pytest.fail("measured"))
+    attention(*_operands(SINGLE))
+    assert not served
 
 
 @pytest.mark.parametrize(
@@ -224,7 +282,9 @@ class _Sharper(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
-def test_a_callers_own_mode_is_obeyed(kind: torch.dtype, served: list[torch.dtype]) -> None:
+def test_a_callers_own_mode_is_obeyed(
+    kind: torch.dtype, kernels: str, served: list[torch.dtype]
+) -> None:
     """A mode that is open around a pass sees its calls; that of a default device costs nothing."""
     batch, model = tokens(), make(_Attending()).to(kind)
     rows = names(len(batch["input_ids"]))
@@ -237,11 +297,13 @@ def test_a_callers_own_mode_is_obeyed(kind: torch.dtype, served: list[torch.dtyp
     torch.testing.assert_close(part.losses.float(), expected, rtol=1e-2, atol=1e-2)
     with torch.device("cpu"):
         sketcher(batch, rows)
-    assert bool(served) == (kind == torch.bfloat16)
+    assert bool(served) == (kind != SINGLE or kernels == "compiled")
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=str)
-def test_a_wrapper_is_called_once(kind: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrapper_is_called_once(
+    kind: torch.dtype, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Attention that somebody has wrapped after the import of sdi is not wrapped again inside."""
     real, called = F.scaled_dot_product_attention, []
 
@@ -258,12 +320,18 @@ def test_a_wrapper_is_called_once(kind: torch.dtype, monkeypatch: pytest.MonkeyP
     sdi.self_check(sketcher, batch, rows)
 
 
+@pytest.mark.parametrize(
+    ("kind", "kernels"),
+    [(torch.bfloat16, "compiled"), (torch.bfloat16, "torch's"), (SINGLE, "compiled")],
+    indirect=["kernels"],
+    ids=str,
+)
 @pytest.mark.parametrize("broken", ["output", "gradient"])
 def test_the_self_check_sees_attention_gone_wrong(
-    broken: str, monkeypatch: pytest.MonkeyPatch
+    broken: str, kind: torch.dtype, kernels: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The pass as it is run is compared with the one that is checked closely."""
-    batch, model = tokens(), make(_Attending()).bfloat16()
+    """Half precision: a pass is compared with one that is checked closely. Float32: so is it."""
+    batch, model = tokens(), make(_Attending()).to(kind)
     rows = names(len(batch["input_ids"]))
     real = module._Attention.apply
 
@@ -273,20 +341,25 @@ def test_the_self_check_sees_attention_gone_wrong(
 
     monkeypatch.setattr(module._Attention, "apply", apply)
     sketcher = sdi.Sketcher(sdi.Loop(model, "body"), dim=256)
-    with pytest.raises(SelfCheckError, match="attention in half precision"):
+    message = "step gradient of" if kind == SINGLE else "attention in half precision"
+    with pytest.raises(SelfCheckError, match=message):
         sdi.self_check(sketcher, batch, rows)
 
 
-def test_a_pass(served: list[torch.dtype]) -> None:
-    """Sketches of a bfloat16 model are those of the same weights in float32."""
+def test_a_pass(kernels: str, served: list[torch.dtype]) -> None:
+    """Sketches of a bfloat16 model are those of the same weights in float32, whoever attends."""
     batch = tokens()
     rows = names(len(batch["input_ids"]))
     model = make(_Attending()).bfloat16()
     part = sdi.Sketcher(sdi.Loop(model, "body"), dim=256)(batch, rows)
-    assert len(served) >= 2 * part.values.shape[1]
-    wide = sdi.Sketcher(sdi.Loop(model.float(), "body"), dim=256)(batch, rows)
+    assert served.count(torch.bfloat16) >= 2 * part.values.shape[1]
+    sketcher = sdi.Sketcher(sdi.Loop(model.float(), "body"), dim=256)
+    wide = sketcher(batch, rows)
     error = (part.values - wide.values).norm() / wide.values.norm()
     assert error < 0.03
+    report = sdi.self_check(sketcher, batch, rows, rows=3)
+    assert report.worst < 1e-5 and report.conservation < 1e-5
+    assert (SINGLE in served) == (kernels == "compiled")
     served.clear()
     report = sdi.self_check(sdi.Sketcher(sdi.Loop(model.bfloat16(), "body"), dim=256), batch, rows)
     assert report.worst < 1e-2 and len(served) <= 2 * part.values.shape[1] * 2

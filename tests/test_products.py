@@ -55,7 +55,7 @@ def test_shifted_add_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     plan, left, right = plan_of(90, 30, 64), torch.randn(2, 5, 90), torch.randn(2, 5, 30)
     there = [outer(plan, left, right, half=half) for half in (False, True)]
-    monkeypatch.setattr(kernels, "_numba_kernel", lambda: None)
+    monkeypatch.setattr(kernels, "_compiled_add", lambda: None)
     missing = [outer(plan, left, right, half=half) for half in (False, True)]
     torch.testing.assert_close(there, missing, rtol=1e-5, atol=1e-5)
 
@@ -212,7 +212,7 @@ def test_costs_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """Costs are kept in a file, read from there, and measured again where it is no good."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     asked: list[torch.device] = []
-    given = costs.Costs(1.0, 0.5, 2.0, 3.0, 1.0, float("inf"))
+    given = costs.Costs(1.0, 0.5, 2.0, 3.0, 1.0, float("inf"), 1.0, float("inf"))
 
     def measure(device: torch.device) -> costs.Costs:
         asked.append(device)
@@ -257,6 +257,7 @@ def test_the_cheaper_is_chosen(
     tokens: int, rows: int, columns: int, dim: int, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One token of a wide layer goes through the transforms, a long row of a narrow one not."""
-    known = costs.Costs(0.01, half_product=0.005, add=0.1, transform=0.1, linear=1, onednn_linear=1)
+    others = dict.fromkeys(["linear", "onednn_linear", "attention", "compiled_attention"], 1.0)
+    known = costs.Costs(0.01, half_product=0.005, add=0.1, transform=0.1, **others)
     monkeypatch.setattr(tensorsketch, "costs", lambda _: known)
     assert tensorsketch.choose(tokens, rows, columns, dim, CPU) == expected

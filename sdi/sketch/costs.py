@@ -25,10 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sdi.flash import TORCHS, Flash, Options, compiled
 from sdi.sketch.kernels import has_numba
 from sdi.sketch.plan import Hashing, MatrixPlan
 
-_VERSION = 5
+_VERSION = 6
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,8 @@ class Costs:
             spectra included.
         linear: a multiply-add of a float32 linear layer as torch takes it.
         onednn_linear: the same by oneDNN; infinite where that cannot be had.
+        attention: a multiply-add of float32 attention and its gradient as torch takes them.
+        compiled_attention: the same by `sdi.compiled`; infinite where that cannot be had.
     """
 
     product: float
@@ -51,11 +54,18 @@ class Costs:
     transform: float
     linear: float
     onednn_linear: float
+    attention: float
+    compiled_attention: float
 
     @property
     def onednn(self) -> bool:
         """Whether oneDNN is the faster by more than these constants vary."""
         return self.onednn_linear < 0.95 * self.linear
+
+    @property
+    def compiles_attention(self) -> bool:
+        """Whether compiled attention is the faster by more than these constants vary."""
+        return self.compiled_attention < 0.95 * self.attention
 
     def outer(self, tokens: int, rows: int, columns: int, *, half: bool) -> float:
         """Nanoseconds an example by way of δᵀa."""
@@ -135,6 +145,7 @@ def _measured(device: torch.device) -> Costs:
         add = _nanoseconds(lambda: tensorsketch.add_dense_columns(plan, dense, out), device)
     return Costs(
         **_linear_layers(factor),
+        **_attention(device),
         product=product(half=False) / (entries * tokens),
         half_product=product(half=True) / (entries * tokens),
         add=add / entries,
@@ -155,6 +166,27 @@ def _linear_layers(inputs: Tensor) -> dict[str, float]:
     except (AttributeError, RuntimeError):  # a torch without oneDNN, or one that refuses
         other = math.inf
     return {"linear": plain / operations, "onednn_linear": other / operations}
+
+
+def _attention(device: torch.device) -> dict[str, float]:
+    """Nanoseconds a multiply-add of both kinds of attention on a CPU, causal."""
+    if device.type != "cpu":
+        return {"attention": 0.0, "compiled_attention": math.inf}
+    heads, tokens, width = 2, 256, 32
+    query, key, value = (torch.ones(1, heads, tokens, width) for _ in range(3))
+    options = Options(None, True, None)
+
+    operations = 3.5 * heads * tokens**2 * width  # two products and five, of half of the scores
+
+    def by(kernels: Flash) -> float:
+        def run() -> None:
+            results = kernels.forward((query, key, value), options)
+            kernels.backward(results[0], (query, key, value), results, options)
+
+        return _nanoseconds(run, device) / operations
+
+    ours = compiled()
+    return {"attention": by(TORCHS), "compiled_attention": by(ours) if ours else math.inf}
 
 
 def _nanoseconds(run: Callable[[], object], device: torch.device) -> float:

@@ -8,12 +8,16 @@ entry gives the same sums.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from sdi import team
+
+FEW = 1 << 16
+"""Entries of a product that one thread adds sooner than others are called."""
 
 
 def shifted_add(
@@ -28,11 +32,15 @@ def shifted_add(
         column_sign: (C,) float32, contiguous.
         out: (B, M) float32, contiguous.
     """
-    kernel = _numba_kernel() if product.device.type == "cpu" else None
-    if kernel is not None:
+    add = _compiled_add() if product.device.type == "cpu" else None
+    if add is not None:
+        operands = (product, starts, row_sign, column_sign, out)
+        assert all(tensor.is_contiguous() for tensor in operands)
+        examples, columns, count = product.shape
         half = product.dtype == torch.bfloat16
-        values = product.view(torch.uint16) if half else product
-        kernel(values.numpy(), starts.numpy(), row_sign.numpy(), column_sign.numpy(), out.numpy())
+        sizes = (examples, columns, count, out.shape[1], int(half))
+        addresses = (tensor.data_ptr() for tensor in operands)
+        team.run(add, (0, *sizes, *addresses), alone=product.numel() < FEW)
         return
     rows = torch.arange(product.shape[2], device=product.device)
     index = ((starts[:, None] + rows) % out.shape[1]).reshape(-1)
@@ -42,13 +50,14 @@ def shifted_add(
 
 def has_numba() -> bool:
     """Whether the contiguous kernel is there."""
-    return _numba_kernel() is not None
+    return _compiled_add() is not None
 
 
 @cache
-def _numba_kernel() -> Callable[..., None] | None:
+def _compiled_add() -> Any:
+    """The kernel, or None without numba."""
     try:
-        from sdi.sketch.compiled import add
+        from sdi.compiled.adds import add
     except ImportError:
         return None
-    return cast(Callable[..., None], add)
+    return add

@@ -1,0 +1,131 @@
+"""Attention that keeps no matrix of scores, and its gradient, on a CPU: torch's and a compiled one.
+
+Letters: B rows, H heads, T queries, N keys, D width of a head.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from sdi import team
+
+_aten = torch.ops.aten
+Three = tuple[Tensor, Tensor, Tensor]
+
+
+class Options(NamedTuple):
+    """What is done to the scores.
+
+    Attributes:
+        mask: added to them, broadcast to (B, H, T, N); or None.
+        causal: whether query t sees keys up to t only.
+        scale: factor of the products; 1/√D where it is None.
+    """
+
+    mask: Tensor | None
+    causal: bool
+    scale: float | None
+
+
+class Flash(NamedTuple):
+    """One way to attention.
+
+    Attributes:
+        forward: (query, key and value, options) → output (B, H, T, D) and the logarithms of the
+            sums of exponentials (B, H, T).
+        backward: (gradient of the output, query, key and value, output and logarithms, options) →
+            gradients of query, key and value.
+    """
+
+    forward: Callable[[Three, Options], tuple[Tensor, Tensor]]
+    backward: Callable[[Tensor, Three, tuple[Tensor, Tensor], Options], Three]
+
+
+def _forward(operands: Three, options: Options) -> tuple[Tensor, Tensor]:
+    mask, causal, scale = options
+    found: tuple[Tensor, Tensor] = _aten._scaled_dot_product_flash_attention_for_cpu(
+        *operands, 0.0, causal, attn_mask=mask, scale=scale
+    )
+    return found
+
+
+def _backward(
+    delta: Tensor, operands: Three, results: tuple[Tensor, Tensor], options: Options
+) -> Three:
+    mask, causal, scale = options
+    found: Three = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        delta, *operands, *results, 0.0, causal, attn_mask=mask, scale=scale
+    )
+    return found
+
+
+TORCHS = Flash(_forward, _backward)
+"""torch's own, in the type of the operands."""
+
+
+@cache
+def compiled() -> Flash | None:
+    """That of `sdi.compiled`, in float32; None without numba."""
+    try:
+        from sdi.compiled import flash as kernels
+    except ImportError:
+        return None
+
+    def forward(operands: Three, options: Options) -> tuple[Tensor, Tensor]:
+        query = operands[0]
+        results = _like(query), query.new_empty(query.shape[:3])
+        _run(kernels.forward, operands, results, options)
+        return results
+
+    def backward(
+        delta: Tensor, operands: Three, results: tuple[Tensor, Tensor], options: Options
+    ) -> Three:
+        query, key, value = operands
+        found = _like(query), _like(key), _like(value)
+        _run(kernels.backward, operands, results, options, delta, *found)
+        return found
+
+    return Flash(forward, backward)
+
+
+def _like(tensor: Tensor) -> Tensor:
+    """(B, H, T, D) to be written, with the heads of a token one after another."""
+    rows, heads, tokens, width = tensor.shape
+    return tensor.new_empty(rows, tokens, heads, width).transpose(1, 2)
+
+
+def _run(
+    kernel: Any, operands: Three, results: tuple[Tensor, Tensor], options: Options, *more: Tensor
+) -> None:
+    """Run a kernel of `sdi.compiled.flash`, which says what a job is."""
+    query, key, _ = operands
+    rows, heads, queries, width = query.shape
+    scale = width**-0.5 if options.scale is None else options.scale
+    mask = options.mask
+    if mask is not None:
+        mask = mask.expand(rows, heads, queries, key.shape[2])
+    output, logarithms = results
+    every = [*operands, mask, output, logarithms[..., None], *more]
+    laid = [None if tensor is None else _laid(tensor) for tensor in every]
+    bits = struct.unpack("q", struct.pack("d", scale))[0]
+    job = [0, rows, heads, queries, key.shape[2], width, int(options.causal), bits]
+    team.run(kernel, [*job, *(number for tensor in laid for number in _place(tensor))])
+
+
+def _laid(tensor: Tensor) -> Tensor:
+    """With its last axis one number after another."""
+    assert tensor.dtype == torch.float32, tensor.dtype
+    return tensor if tensor.shape[-1] == 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _place(tensor: Tensor | None) -> Sequence[int]:
+    """The address, and bytes along the first three axes."""
+    if tensor is None:
+        return 0, 0, 0, 0
+    return tensor.data_ptr(), *(4 * stride for stride in tensor.stride()[:3])
