@@ -25,6 +25,8 @@ Floats = npt.NDArray[np.float32]
 Numbers = npt.NDArray[np.int64]
 BLOCK_BYTES = 32 << 20
 """How many bytes of float32 one block may take."""
+FEW = 6
+"""Rows a shard below which they are taken one by one."""
 AHEAD = 2
 """How many shards the system is asked to read before they are wanted."""
 
@@ -119,23 +121,45 @@ class SketchRows:
         first = (getattr(self._plain[0], name) for name in names)
         found = [np.zeros((len(rows), width, *array.shape[2:]), array.dtype) for array in first]
         owner = np.searchsorted(self._starts, rows, side="right") - 1
+        own = rows - np.asarray(self._starts)[owner]
         order = np.argsort(owner, kind="stable")
         ends = [*(np.flatnonzero(np.diff(owner[order])) + 1).tolist(), len(order)]
+        if len(rows) < FEW * len(ends):
+            self._one_by_one(found, names, owner, own, one)
+            return found
         start = 0
-        for end in ends if len(order) else ():
+        for end in ends:
             there = order[start:end]
-            piece = int(owner[there[0]])
-            own = rows[there] - self._starts[piece]
             which = None if one is None else one[there]
             for into, name in zip(found, names, strict=True):
-                array = getattr(self._plain[piece], name)
+                array = getattr(self._plain[owner[there[0]]], name)
                 if which is None:
-                    into[there, : array.shape[1]] = array[own]
+                    into[there, : array.shape[1]] = array[own[there]]
                 else:
                     has = which < array.shape[1]
-                    into[there[has], 0] = array[own[has], which[has]]
+                    into[there[has], 0] = array[own[there[has]], which[has]]
             start = end
         return found
+
+    def _one_by_one(
+        self,
+        found: list[npt.NDArray[Any]],
+        names: Sequence[str],
+        owner: Numbers,
+        own: Numbers,
+        slots: Numbers | None,
+    ) -> None:
+        """Fill what `_gathered` returns row by row, which is quicker for a few of many shards."""
+        places = list(zip(owner.tolist(), own.tolist(), strict=True))
+        which = None if slots is None else slots.tolist()
+        for into, name in zip(found, names, strict=True):
+            arrays = [getattr(plain, name) for plain in self._plain]
+            for row, (piece, place) in enumerate(places):
+                array = arrays[piece]
+                if which is None:
+                    into[row, : array.shape[1]] = array[place]
+                elif which[row] < array.shape[1]:
+                    into[row, 0] = array[place, which[row]]
 
     def _between(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """Pieces that hold rows start..stop, with their own rows; the next ones are asked for."""

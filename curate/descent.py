@@ -18,7 +18,7 @@ from curate.multiply import LARGEST, Operand, exact_integers
 
 Doubles = npt.NDArray[np.float64]
 SLACK = 32
-"""How many more candidates than twice those asked for are looked at first."""
+"""How many more are asked of a band than twice those that the band before had to give."""
 TOGETHER = 6
 """From so many queries on an integer product of a band is faster than as many FAISS scans."""
 
@@ -26,11 +26,12 @@ TOGETHER = 6
 class Candidates:
     """Vectors that may be among the k best of a query, with bounds on their inner products.
 
-    `least` bounds the k-th best from below; what is below it is dropped.
+    `least` bounds the k-th best from below; what is below it is dropped. `entered` of those that
+    were added last were not.
     """
 
     def __init__(self, k: int) -> None:
-        self.k, self.least = k, -np.inf
+        self.k, self.least, self.entered = k, -np.inf, k
         self.numbers: Numbers = np.empty(0, dtype=np.int64)
         self._low: Doubles = np.empty(0)
         self._high: Doubles = np.empty(0)
@@ -42,6 +43,7 @@ class Candidates:
         if len(low) >= self.k:
             out.least = max(self.least, float(np.partition(low, -self.k)[-self.k]))
         keep = high >= out.least
+        out.entered = int(np.count_nonzero(keep[len(self.numbers) :]))
         out.numbers = np.concatenate([self.numbers, numbers])[keep]
         out._low, out._high = low[keep], high[keep]
         return out
@@ -107,7 +109,7 @@ class Descent:
         before, left = self.candidates[query], self._left[query]
         whole, size = self._whole[query].astype(np.float32), self._sizes[query]
         margin = band.rest * (1 + left) + self._scanned
-        want = min(band.count, 2 * before.k + SLACK)
+        want = min(band.count, max(1, 2 * before.entered + SLACK))
         while True:
             found, places = self._bands.nearest(band, whole, want)
             dots, own = size * found, self._bands.norms_of(band)[places]

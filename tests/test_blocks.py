@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from curate import blocks
 from curate.blocks import SketchRows
 from sdi.shards import Shard
 
@@ -26,11 +27,16 @@ def source(depths: tuple[int, ...], rows: int = 4) -> SketchRows:
     return SketchRows(pieces, rows * len(depths), "made")
 
 
+@pytest.mark.parametrize("few", [0, 1000])
 @pytest.mark.parametrize("depths", [(1,), (0, 0), (3,), (1, 3), (2, 1, 3)])
-def test_taken_rows_are_those_that_are_read(depths: tuple[int, ...]) -> None:
-    """Any rows, whole or one slot of each, are those of a reading in order; a slot that a row does
-    not have is zeros, where the whole checkpoint has one slot only as well.
+def test_taken_rows_are_those_that_are_read(
+    depths: tuple[int, ...], few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Any rows, whole or one slot of each, are those of a reading in order, taken shard by shard
+    or one by one; a slot that a row does not have is zeros, where the whole checkpoint has one slot
+    only as well.
     """
+    monkeypatch.setattr(blocks, "FEW", few)
     rows = source(depths)
     wanted = np.random.default_rng(1).integers(0, rows.rows, 40)
     slots = np.arange(40) % 4
