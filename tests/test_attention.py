@@ -231,27 +231,31 @@ def test_nothing_to_attend_to(shape: tuple[int, ...], mask: Tensor | None) -> No
     assert attention(empty, empty, empty, mask).shape == shape
 
 
-def test_second_derivatives_are_refused_as_by_torch(served: list[torch.dtype]) -> None:
+@pytest.mark.parametrize("kind", [torch.bfloat16, SINGLE], ids=str)
+def test_second_derivatives_are_refused_as_by_torch(
+    kind: torch.dtype, kernels: str, served: list[torch.dtype]
+) -> None:
     """Flash attention has none."""
     for call in (attention, F.scaled_dot_product_attention):
-        operands = _operands(torch.bfloat16)
+        operands = _operands(kind)
         first = torch.autograd.grad(call(*operands).sum(), operands[0], create_graph=True)[0]
         with pytest.raises(RuntimeError, match=r"derivative for .* is not implemented"):
             torch.autograd.grad(first.sum(), operands[1])
-    assert served
+    assert bool(served) == (kind != SINGLE or kernels == "compiled")
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
-def test_gradients_in_batches(served: list[torch.dtype]) -> None:
+@pytest.mark.parametrize("kind", [torch.bfloat16, SINGLE], ids=str)
+def test_gradients_in_batches(kind: torch.dtype, kernels: str, served: list[torch.dtype]) -> None:
     """Several gradients of one output at once, as vmap takes them."""
-    operands = _operands(torch.bfloat16)
+    operands = _operands(kind)
     found = attention(*operands)
-    deltas = torch.randn(4, *found.shape).bfloat16()
+    deltas = torch.randn(4, *found.shape).to(kind)
     batched = torch.autograd.grad(found, operands, deltas, is_grads_batched=True, retain_graph=True)
     single = [torch.autograd.grad(found, operands, d, retain_graph=True) for d in deltas]
     for ours, expected in zip(batched, zip(*single, strict=True), strict=True):
         torch.testing.assert_close(ours, torch.stack(expected), rtol=0.05, atol=0.02)
-    assert served
+    assert bool(served) == (kind != SINGLE or kernels == "compiled")
 
 
 class _Attending(nn.Module):

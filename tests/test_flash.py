@@ -161,3 +161,33 @@ def test_operands_of_another_type_are_our_own_mistake(kernels: Flash) -> None:
     operand: Any = torch.zeros(1, 1, 2, 2, dtype=torch.float64)
     with pytest.raises(AssertionError, match="float64"):
         kernels.forward((operand, operand, operand), Options(None, False, None))
+
+
+def test_nowhere_to_keep_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where no folder can be written to, kernels are compiled anew and run all the same."""
+    import numba
+    import numpy as np
+
+    from sdi.compiled import turns
+
+    real, asked = numba.cfunc, []
+
+    def cfunc(*arguments: Any, **options: Any) -> Any:
+        asked.append(options.pop("cache", False))
+        if asked[-1]:
+            raise RuntimeError("cannot cache function: no locator available")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(numba, "cfunc", cfunc)
+
+    def count(address: Any) -> None:
+        job = turns.carray(address, (2,))
+        while turns.turn(address) < 5:
+            job[1] += 1
+
+    kernel = turns.kernel(count)
+    assert asked == [True, False]
+    numbers = np.zeros(2, dtype=np.int64)
+    monkeypatch.setattr(team.np, "array", lambda *_, **__: numbers)
+    team.run(kernel, (0, 0), alone=True)
+    assert numbers.tolist() == [6, 5]

@@ -2,11 +2,17 @@
 
 A job is int64 in memory. Its first number counts turns: a thread takes the next one until there is
 none left, so that whoever is quicker does more. What the other numbers mean is up to the kernel.
+
+numba keeps what it compiled in a file, and looks only at the kernel's own source to tell whether it
+is still true. Kernels are built from several files, so their names in the cache have a digest of
+all of these.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -18,9 +24,17 @@ carray: Any = numba.carray  # type: ignore[attr-defined]
 _SIGNATURE = types.void(types.CPointer(types.int64))  # type: ignore[no-untyped-call]
 
 
+_SOURCES = b"".join(path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py")))
+_DIGEST = hashlib.sha256(_SOURCES).hexdigest()[:12]
+
+
 def kernel(function: Callable[[Any], None]) -> Any:
     """Compile a function of the address of a job; `.address` is where the machine finds it."""
-    return numba.cfunc(_SIGNATURE, cache=True, error_model="numpy")(function)
+    function.__qualname__ += _DIGEST
+    try:
+        return numba.cfunc(_SIGNATURE, cache=True, error_model="numpy")(function)
+    except RuntimeError:  # no folder to keep it in: compiled anew by each process
+        return numba.cfunc(_SIGNATURE, error_model="numpy")(function)
 
 
 def _turn(_context: Any, address: Any) -> Any:
