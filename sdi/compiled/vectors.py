@@ -114,8 +114,9 @@ def _write(builder: Any, value: Any, address: Any) -> None:
 
 def _spread(builder: Any, number: Any, kind: Any = _vector) -> Any:
     """A vector with the number in every lane."""
-    one = builder.insert_element(ir.Constant(kind, ir.Undefined), number, _word(0))
-    return builder.shuffle_vector(one, ir.Constant(kind, ir.Undefined), _words([0] * LANES))
+    nothing = ir.Constant(kind, ir.Undefined)
+    one = builder.insert_element(nothing, number, _word(0))
+    return builder.shuffle_vector(one, nothing, _words([0] * LANES))
 
 
 def _call(builder: Any, name: str, *operands: Any) -> Any:
@@ -252,15 +253,22 @@ def multiply(builder: Any, left: Any, right: Any) -> Any:
 @_defined(_V, _V, _V)
 def larger(builder: Any, left: Any, right: Any) -> Any:
     """The larger of each two numbers, NaN where one of them is."""
-    return _call(builder, "maximum", left, right)
+    return _larger(builder, left, right)
+
+
+def _larger(builder: Any, left: Any, right: Any) -> Any:
+    # LLVM has a function for it, which its versions before 17 do not know on every processor.
+    found = builder.select(builder.fcmp_unordered(">", left, right), left, right)
+    return builder.select(builder.fcmp_unordered("uno", right, right), right, found)
 
 
 @_defined(_F, _V)
 def largest(builder: Any, vector: Any) -> Any:
     """The largest number of a vector, NaN where one of them is."""
-    kind = ir.FunctionType(_number, [_vector])
-    name = f"llvm.vector.reduce.fmaximum.v{LANES}f32"
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), [vector])
+    for half in (LANES >> step for step in range(1, LANES.bit_length())):
+        upper = _words([(lane + half) % LANES for lane in range(LANES)])
+        vector = _larger(builder, vector, builder.shuffle_vector(vector, _NOTHING, upper))
+    return builder.extract_element(vector, _word(0))
 
 
 @_defined(_V, _V, _I, _F)
