@@ -48,8 +48,9 @@ AS_GOOD = 0.95
 #: What the timings may cost: seconds, or a share of the run where that is more; at most a share.
 SECONDS, SHARE_OF_RUN, MOST_OF_RUN = 2.0, 0.01, 0.05
 # Tokens of the rows that are held against one row, and the most rows. What a row takes is hidden
-# where a buffer is larger: of 64 wide rows of 36 tokens, two and four left 13 % untold.
-_TOKENS, _ROWS = 1024, 16
+# where a buffer is larger: of 64 wide rows of 36 tokens, two and four left 13 % untold; of 64 of 10
+# tokens, with buffers in float32, 16 left 16 %.
+_TOKENS, _ROWS = 1024, 64
 
 Tokens = tuple[NDArray[np.int32], NDArray[np.int32]]
 Lengths = NDArray[np.int64]

@@ -72,9 +72,8 @@ TORCHS = Flash(_forward, _backward)
 @cache
 def compiled() -> Flash | None:
     """That of `sdi.compiled`, in float32; None without numba."""
-    try:
-        from sdi.compiled import flash as kernels
-    except ImportError:
+    kernels = team.kernels("flash")
+    if kernels is None:
         return None
 
     def forward(operands: Three, options: Options) -> tuple[Tensor, Tensor]:

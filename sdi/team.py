@@ -10,8 +10,11 @@ Where torch has another runtime the calling thread does all of the work.
 from __future__ import annotations
 
 import ctypes
+import importlib
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -39,6 +42,27 @@ def run(kernel: Any, job: Sequence[int], *, alone: bool = False) -> None:
 def has_team() -> bool:
     """Whether kernels run on as many threads as torch's own loops."""
     return torch.get_num_threads() == 1 or _parallel() is not None
+
+
+@cache
+def kernels(name: str) -> ModuleType | None:
+    """A file of `sdi.compiled`, or None where numba is not installed.
+
+    Where it is, and cannot compile here, a warning says so: torch serves, only slower.
+    """
+    try:
+        import numba  # noqa: F401
+    except ImportError:
+        return None
+    try:
+        return importlib.import_module(f"sdi.compiled.{name}")
+    except Exception as error:  # whatever keeps a compiler from working
+        warnings.warn(
+            f"numba does not compile sdi.compiled.{name} ({type(error).__name__}: {error}); the "
+            f"slower torch path is used",
+            stacklevel=2,
+        )
+        return None
 
 
 @cache
