@@ -117,7 +117,8 @@ def _compiled(query: Tensor, key: Tensor) -> Flash | None:
     """The compiled kernels, where they do better than torch's in float32."""
     rows, heads, tokens, width = query.shape
     large = rows * heads * tokens * key.shape[2] * width >= LARGE
-    if not large or rows * heads < torch.get_num_threads() or not team.has_team():
+    threads = torch.get_num_threads()
+    if not large or rows * heads < threads or team.size() < threads:
         return None
     return compiled() if costs(query.device).compiles_attention else None
 
@@ -150,6 +151,7 @@ def _suits(
         return False
     return (
         len({t.dtype for t in operands}) == 1
+        and key.shape == value.shape
         and any(t.requires_grad for t in operands)
         and not torch.is_autocast_enabled("cpu")
         and not is_transformed(query)

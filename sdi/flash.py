@@ -65,6 +65,7 @@ def _backward(
     return found
 
 
+_ROWS_FIRST = torch.contiguous_format
 TORCHS = Flash(_forward, _backward)
 """torch's own, in the type of the operands."""
 
@@ -78,48 +79,55 @@ def compiled() -> Flash | None:
 
     def forward(operands: Three, options: Options) -> tuple[Tensor, Tensor]:
         query = operands[0]
-        results = _like(query), query.new_empty(query.shape[:3])
-        _run(kernels.forward, operands, results, options)
+        results = _written(query), query.new_empty(query.shape[:3])
+        _run(kernels, operands, results, options)
         return results
 
     def backward(
         delta: Tensor, operands: Three, results: tuple[Tensor, Tensor], options: Options
     ) -> Three:
         query, key, value = operands
-        found = _like(query), _like(key), _like(value)
-        _run(kernels.backward, operands, results, options, delta, *found)
+        found = _written(query), _written(key), _written(value)
+        _run(kernels, operands, results, options, delta, *found)
         return found
 
     return Flash(forward, backward)
 
 
-def _like(tensor: Tensor) -> Tensor:
-    """(B, H, T, D) to be written, with the heads of a token one after another."""
-    rows, heads, tokens, width = tensor.shape
-    return tensor.new_empty(rows, tokens, heads, width).transpose(1, 2)
+def _written(like: Tensor) -> Tensor:
+    """To be written, in the order of axes of an operand, as torch's own kernel does."""
+    found = torch.empty_like(like)
+    return found if found.stride(-1) == 1 else torch.empty_like(found, memory_format=_ROWS_FIRST)
 
 
 def _run(
-    kernel: Any, operands: Three, results: tuple[Tensor, Tensor], options: Options, *more: Tensor
+    kernels: Any, operands: Three, results: tuple[Tensor, Tensor], options: Options, *more: Tensor
 ) -> None:
-    """Run a kernel of `sdi.compiled.flash`, which says what a job is."""
-    query, key, _ = operands
+    """Run a kernel of `sdi.compiled.flash`, which says what a job is; with `more`, backward."""
+    query, key, value = operands
     rows, heads, queries, width = query.shape
+    keys = key.shape[2]
+    assert key.shape == value.shape == (rows, heads, keys, width), (key.shape, value.shape)
     scale = width**-0.5 if options.scale is None else options.scale
     mask = options.mask
     if mask is not None:
-        mask = mask.expand(rows, heads, queries, key.shape[2])
+        mask = mask.expand(rows, heads, queries, keys)
     output, logarithms = results
     every = [*operands, mask, output, logarithms[..., None], *more]
     laid = [None if tensor is None else _laid(tensor) for tensor in every]
     bits = struct.unpack("q", struct.pack("d", scale))[0]
-    job = [0, rows, heads, queries, key.shape[2], width, int(options.causal), bits]
-    team.run(kernel, [*job, *(number for tensor in laid for number in _place(tensor))])
+    threads = team.size()
+    scratch = query.new_empty(threads, kernels.room(keys, width, backward=bool(more)))
+    sizes = rows, heads, queries, keys, width, int(options.causal), bits
+    places = (number for tensor in laid for number in _place(tensor))
+    kernel = kernels.backward if more else kernels.forward
+    team.run(kernel, [0, 0, scratch.data_ptr(), *sizes, *places], threads)
 
 
 def _laid(tensor: Tensor) -> Tensor:
-    """With its last axis one number after another."""
+    """In memory as it is, with its last axis one number after another."""
     assert tensor.dtype == torch.float32, tensor.dtype
+    tensor = team.in_memory(tensor)
     return tensor if tensor.shape[-1] == 1 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 

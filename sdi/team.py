@@ -10,7 +10,7 @@ Where torch has another runtime the calling thread does all of the work.
 from __future__ import annotations
 
 import ctypes
-import importlib
+import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -19,29 +19,35 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 _called: Any = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
-def run(kernel: Any, job: Sequence[int], *, alone: bool = False) -> None:
+def run(kernel: Any, job: Sequence[int], threads: int) -> None:
     """Run a kernel of `sdi.compiled` on a job, whose turns its threads share.
 
     Args:
         kernel: what `sdi.compiled.turns.kernel` made.
         job: int64; what its addresses lead to must live until the end.
-        alone: whether there is so little to do that the calling thread is to do it.
+        threads: how many at most; no more than `size` says.
     """
     numbers = np.array(job, dtype=np.int64)
-    threads, parallel = torch.get_num_threads(), _parallel()
-    if alone or parallel is None or threads == 1:
+    parallel = _parallel()
+    if threads == 1 or parallel is None:
         _called(kernel.address)(numbers.ctypes.data)
     else:
         parallel(kernel.address, numbers.ctypes.data, threads, 0)
 
 
-def has_team() -> bool:
-    """Whether kernels run on as many threads as torch's own loops."""
-    return torch.get_num_threads() == 1 or _parallel() is not None
+def size() -> int:
+    """How many threads a kernel may run on: as many as torch's own loops, or one."""
+    return torch.get_num_threads() if _parallel() is not None else 1
+
+
+def in_memory(tensor: Tensor) -> Tensor:
+    """With the numbers that it stands for where its address says; torch negates some when read."""
+    return tensor.clone() if tensor.is_neg() or tensor._is_zerotensor() else tensor
 
 
 @cache
@@ -50,9 +56,7 @@ def kernels(name: str) -> ModuleType | None:
 
     Where it is, and cannot compile here, a warning says so: torch serves, only slower.
     """
-    try:
-        import numba  # noqa: F401
-    except ImportError:
+    if importlib.util.find_spec("numba") is None:
         return None
     try:
         return importlib.import_module(f"sdi.compiled.{name}")

@@ -201,6 +201,13 @@ def test_few_heads_and_few_tokens(
     assert not served
 
 
+def test_more_keys_than_values(kernels: str, served: list[torch.dtype]) -> None:
+    """Left to torch, whose kernel does not look either."""
+    query, key, value = (torch.zeros(2, 2, n, 8, requires_grad=True) for n in (12, 20, 5))
+    assert module.attention(query, key, value) is None
+    assert not served
+
+
 @pytest.mark.parametrize(
     "options",
     [

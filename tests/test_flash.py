@@ -134,6 +134,85 @@ def test_what_is_no_number_stays_so(where: str, kernels: Flash) -> None:
         assert bool(output[0, 0, 5].isnan().all()) and not bool(output[0, 0, 6].isnan().any())
 
 
+@pytest.mark.parametrize("width", [12, 16, 20, 24])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_no_head_is_harmed_by_another(value: float, width: int, kernels: Flash) -> None:
+    """What is no number in one head, which shares scratch memory with the next ones."""
+    torch.manual_seed(0)
+    shape, before = (2, 2, 40, width), torch.get_num_threads()
+    query, key, worth, delta = (torch.randn(shape) for _ in range(4))
+    delta[0, 0, 5, 3] = query[0, 1, 7, 2] = value
+    torch.set_num_threads(1)
+    try:
+        found = _everything(kernels, (query, key, worth), delta, Options(None, True, None))
+    finally:
+        torch.set_num_threads(before)
+    for tensor in found:
+        assert bool(tensor[1].isfinite().all())
+    assert not any(bool(gradient[0, 0].isfinite().all()) for gradient in found[2:4])
+
+
+def test_results_lie_as_torch_lays_them(kernels: Flash) -> None:
+    """A model may take a view of the output, or change it in place."""
+    for lies in LIES[:4]:
+        torch.manual_seed(0)
+        operand = _operand((2, 3, 9, 8), lies)
+        options = Options(None, False, None)
+        ours, torchs = (
+            k.forward((operand, operand, operand), options)[0] for k in (kernels, TORCHS)
+        )
+        assert ours.stride() == torchs.stride() and not ours._is_view(), lies
+
+
+@pytest.mark.parametrize("which", [0, 1, 2, 3, 4], ids=["query", "key", "value", "delta", "mask"])
+def test_numbers_that_do_not_lie_in_memory(which: int, kernels: Flash) -> None:
+    """Tensors that torch negates when it reads them, or that are zeros without any memory."""
+    torch.manual_seed(0)
+    given = [torch.randn(2, 2, 20, 16) for _ in range(4)] + [torch.randn(2, 2, 20, 20)]
+    zeros = torch._efficientzerotensor(given[which].shape)
+    for odd, plain in ((torch._neg_view(given[which]), -given[which]), (zeros, zeros.clone())):
+        found, expected = (
+            _everything(kernels, (q, k, v), delta, Options(mask, False, None))
+            for q, k, v, delta, mask in (
+                [*given[:which], tensor, *given[which + 1 :]] for tensor in (odd, plain)
+            )
+        )
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("keys", [1, 17, 40])
+@pytest.mark.parametrize("width", [5, 16, 33])
+def test_scratch_memory_is_enough(
+    keys: int, width: int, kernels: Flash, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread uses its own to the last number, and none after it."""
+    from sdi.compiled import flash as compiled_flash
+
+    query, key, value = (torch.randn(2, 2, n, width) for n in (9, keys, keys))
+    real = team.run
+
+    def run(kernel: Any, job: Any, threads: int) -> None:
+        numbers = list(job)
+        end = compiled_flash.room(keys, width, backward=kernel is compiled_flash.backward)
+        memory = torch.full((end + 64,), 3.0)
+        numbers[compiled_flash.SCRATCH] = memory.data_ptr()
+        real(kernel, numbers, 1)
+        assert bool((memory[end:] == 3).all()) and memory[end - 1] != 3
+
+    monkeypatch.setattr(team, "run", run)
+    _everything(kernels, (query, key, value), query, Options(torch.zeros(9, keys), False, None))
+
+
+def test_too_little_memory_is_an_error(kernels: Flash, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch's, which those who look for a batch that fits know; no garbage comes back."""
+    from sdi.compiled import flash as compiled_flash
+
+    monkeypatch.setattr(compiled_flash, "room", lambda *_, **__: 1 << 50)
+    operand = torch.zeros(1, 1, 8, 8)
+    with pytest.raises(RuntimeError, match="allocate memory"):
+        kernels.forward((operand, operand, operand), Options(None, False, None))
+
+
 @pytest.mark.parametrize("runtime", ["torch's", "none"])
 def test_any_number_of_threads(
     runtime: str, kernels: Flash, monkeypatch: pytest.MonkeyPatch
@@ -148,7 +227,7 @@ def test_any_number_of_threads(
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            assert team.has_team() == (threads == 1 or runtime != "none")
+            assert team.size() == (1 if runtime == "none" else threads)
             found.append(_everything(kernels, operands, delta, options))
     finally:
         torch.set_num_threads(before)
@@ -161,6 +240,13 @@ def test_operands_of_another_type_are_our_own_mistake(kernels: Flash) -> None:
     operand: Any = torch.zeros(1, 1, 2, 2, dtype=torch.float64)
     with pytest.raises(AssertionError, match="float64"):
         kernels.forward((operand, operand, operand), Options(None, False, None))
+
+
+def test_values_of_another_number_than_keys_are_our_own_mistake(kernels: Flash) -> None:
+    """Their gradient would be written beyond its end."""
+    query, key, value = (torch.zeros(1, 1, n, 4) for n in (10, 20, 5))
+    with pytest.raises(AssertionError, match=r"20.*5"):
+        kernels.forward((query, key, value), Options(None, False, None))
 
 
 def test_nowhere_to_keep_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,12 +268,12 @@ def test_nowhere_to_keep_what_is_compiled(monkeypatch: pytest.MonkeyPatch) -> No
 
     def count(address: Any) -> None:
         job = turns.carray(address, (2,))
-        while turns.turn(address) < 5:
+        while turns.turn(address, turns.TURNS) < 5:
             job[1] += 1
 
     kernel = turns.kernel(count)
     assert asked == [True, False]
     numbers = np.zeros(2, dtype=np.int64)
     monkeypatch.setattr(team.np, "array", lambda *_, **__: numbers)
-    team.run(kernel, (0, 0), alone=True)
+    team.run(kernel, (0, 0), 1)
     assert numbers.tolist() == [6, 5]

@@ -50,6 +50,20 @@ def test_shifted_add(rows: int, dim: int, dtype: torch.dtype) -> None:
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.parametrize("odd", ["kind", "shape", "rows"])
+def test_shifted_add_of_what_it_cannot_read(odd: str) -> None:
+    """The kernel reads by address: another type or shape would be garbage."""
+    product = torch.ones(3, 4, 8, dtype=torch.float16 if odd == "kind" else torch.float32)
+    starts = torch.zeros(5 if odd == "shape" else 4, dtype=torch.int64)
+    out = torch.zeros(3, 7 if odd == "rows" else 16)
+    with pytest.raises(AssertionError):
+        kernels.shifted_add(product, starts, torch.ones(8), torch.ones(4), out)
+    found = torch.zeros(3, 16)
+    product = torch._neg_view(torch.ones(3, 4, 8))
+    kernels.shifted_add(product, starts[:4], torch.ones(8), torch.ones(4), found)
+    assert found[:, :8].eq(-4).all() and found[:, 8:].eq(0).all()
+
+
 def test_shifted_add_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where numba is missing the sums are the same."""
     torch.manual_seed(0)
@@ -230,6 +244,11 @@ def test_costs_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert costs.costs(CPU) == given
         assert asdict(given) in json.loads(path.read_text()).values()
     assert len(asked) == 4
+    path.unlink()
+    monkeypatch.setattr(costs, "compiled", lambda: None)  # failed, where the adds did not
+    monkeypatch.setattr(costs, "has_numba", lambda: True)
+    costs.costs.cache_clear()
+    assert costs.costs(CPU) == given and not path.exists()
     costs.costs.cache_clear()
 
 

@@ -16,7 +16,8 @@ from tests.looped import make, names, tokens
 ROOT = Path(__file__).parent.parent
 CODE = """
 import sys, warnings
-sys.modules.update({name: None for name in sys.argv[2:]})
+sys.modules.update({name: None for name in sys.argv[2:] if name == "numba"})
+sys.path[:0] = [name for name in sys.argv[2:] if name != "numba"]
 import numpy as np
 import sdi
 from sdi.flash import compiled
@@ -36,15 +37,18 @@ def sketches() -> np.ndarray:
     return sketcher(tokens(4), names(4)).values.numpy()
 
 
-@pytest.mark.parametrize("without", ["numba", "compiler"])
+@pytest.mark.parametrize("without", ["numba", "compiler", "its library"])
 def test_torch_serves(without: str, tmp_path: Path) -> None:
     """In a process of its own, since numba is imported once; only a broken one is told of."""
     pytest.importorskip("numba")
-    file, broken = tmp_path / "sketches.npy", without == "compiler"
+    file, broken = tmp_path / "sketches.npy", without != "numba"
     homes = dict.fromkeys(("XDG_CACHE_HOME", "NUMBA_CACHE_DIR"), str(tmp_path))
-    switch = {"NUMBA_DISABLE_JIT": "1"} if broken else {}
+    switch = {"NUMBA_DISABLE_JIT": "1"} if without == "compiler" else {}
+    (tmp_path / "numba").mkdir()
+    (tmp_path / "numba" / "__init__.py").write_text("raise OSError('no libllvmlite.so')")
+    argument = {"numba": ["numba"], "compiler": [], "its library": [str(tmp_path)]}[without]
     done = subprocess.run(
-        [sys.executable, "-c", CODE, str(file), *([] if broken else ["numba"])],
+        [sys.executable, "-c", CODE, str(file), *argument],
         cwd=ROOT,
         env={**os.environ, **homes, **switch},
         capture_output=True,

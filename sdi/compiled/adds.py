@@ -10,7 +10,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from sdi.compiled.turns import carray, kernel, pointer, turn
+from sdi.compiled.turns import TURNS, carray, kernel, pointer, turn
 
 EXAMPLES, COLUMNS, ROWS, DIM, HALF, PRODUCT, STARTS, ROW_SIGN, COLUMN_SIGN, OUT = range(1, 11)
 """Places in a job: B, C, R, M, whether products are bfloat16, and addresses of the operands."""
@@ -63,7 +63,7 @@ def add(address: Any) -> None:
     row_sign = carray(_floats(job[ROW_SIGN]), (rows,))
     column_sign = carray(_floats(job[COLUMN_SIGN]), (columns,))
     signs = (starts, row_sign, column_sign)
-    example = turn(address)
+    example = turn(address, TURNS)
     while example < job[EXAMPLES]:
         out = carray(_floats(job[OUT] + 4 * dim * example), (dim,))
         if job[HALF]:
@@ -72,4 +72,4 @@ def add(address: Any) -> None:
         else:
             whole = _floats(job[PRODUCT] + 4 * rows * columns * example)
             _add_columns(out, carray(whole, (columns, rows)), *signs)
-        example = turn(address)
+        example = turn(address, TURNS)

@@ -23,7 +23,7 @@ import numpy as np
 from numba.core import types
 from numpy.lib.stride_tricks import as_strided
 
-from sdi.compiled.turns import carray, kernel, pointer, turn
+from sdi.compiled.turns import TURNS, carray, kernel, pointer, turn
 from sdi.compiled.vectors import (
     LANES,
     add,
@@ -45,8 +45,9 @@ from sdi.compiled.vectors import (
     zeros,
 )
 
-ROWS, HEADS, QUERIES, KEYS, WIDTH, CAUSAL, SCALE, OPERANDS = range(1, 9)
-"""Places in a job: B, H, T, N, D, whether causal, the scale (float64), and the operands."""
+THREADS, SCRATCH, ROWS, HEADS, QUERIES, KEYS, WIDTH, CAUSAL, SCALE, OPERANDS = range(1, 11)
+"""Places in a job: how many threads have begun, the address of `room` floats for each of them,
+B, H, T, N, D, whether causal, the scale (float64), and the operands."""
 QUERY, KEY, VALUE, MASK, OUTPUT, LOGARITHM, DELTA, OF_QUERY, OF_KEY, OF_VALUE = range(10)
 """The operands, four numbers each: the address, 0 for none, and bytes along B, H and T or N."""
 _LENGTH = OPERANDS + 4 * 10
@@ -63,6 +64,30 @@ def _whole(count: Any) -> Any:
 
 
 @numba.njit
+def _room(keys: Any, depth: Any, both: Any) -> Any:
+    wide, long = _whole(depth), _whole(keys)
+    of_keys, of_queries = long * (2 * wide + LANES), LANES * (3 * wide + LANES)
+    return of_keys + of_queries + both * (of_keys + LANES * 2 * wide)
+
+
+def room(keys: int, depth: int, *, backward: bool) -> int:
+    """Floats of scratch memory that each thread of a kernel needs."""
+    return int(_room.py_func(keys, depth, int(backward)))
+
+
+@numba.njit
+def _own_room(address: Any, job: Any, both: Any) -> Any:
+    """The address of a thread's scratch memory, from which `_carved` takes."""
+    return job[SCRATCH] + 4 * turn(address, THREADS) * _room(job[KEYS], job[WIDTH], both)
+
+
+@numba.njit
+def _carved(start: Any, rows: Any, columns: Any) -> Any:
+    """(rows, columns) of scratch memory, undefined, and the address after them."""
+    return carray(_floats(start), (rows, columns)), start + 4 * rows * columns
+
+
+@numba.njit
 def _head(job: Any, operand: Any, number: Any, rows: Any, columns: Any) -> Any:
     """(rows, columns) of an operand at one head."""
     at = OPERANDS + 4 * operand
@@ -73,7 +98,7 @@ def _head(job: Any, operand: Any, number: Any, rows: Any, columns: Any) -> Any:
 
 @numba.njit
 def _read(target: Any, source: Any, first: Any, count: Any) -> None:
-    """Some rows of an operand; zeros below them."""
+    """Some rows of an operand; zeros beside and below them."""
     columns = source.shape[1]
     whole = columns // LANES * LANES
     for row in range(count):
@@ -81,6 +106,7 @@ def _read(target: Any, source: Any, first: Any, count: Any) -> None:
             store(target, row, column, load(source, first + row, column))
         for column in range(whole, columns):
             target[row, column] = source[first + row, column]
+        target[row, columns:] = 0
     target[count:] = 0
 
 
@@ -240,11 +266,15 @@ def forward(address: Any) -> None:
     job = carray(address, (_LENGTH,))
     queries, keys, depth = job[QUERIES], job[KEYS], job[WIDTH]
     wide, long = _whole(depth), _whole(keys)
-    key, value = np.zeros((long, wide), np.float32), np.zeros((long, wide), np.float32)
-    scores, block = np.empty((long, LANES), np.float32), np.empty((LANES, LANES), np.float32)
-    own, mixed = np.zeros((LANES, wide), np.float32), np.empty((LANES, wide), np.float32)
-    turned, scale = np.empty((wide, LANES), np.float32), np.float32(job.view(np.float64)[SCALE])
-    number = turn(address)
+    scale, at = np.float32(job.view(np.float64)[SCALE]), _own_room(address, job, 0)
+    key, at = _carved(at, long, wide)
+    value, at = _carved(at, long, wide)
+    scores, at = _carved(at, long, LANES)
+    own, at = _carved(at, LANES, wide)
+    mixed, at = _carved(at, LANES, wide)
+    turned, at = _carved(at, wide, LANES)
+    block, at = _carved(at, LANES, LANES)
+    number = turn(address, TURNS)
     while number < job[ROWS] * job[HEADS]:
         _read(key, _head(job, KEY, number, keys, depth), 0, keys)
         _read(value, _head(job, VALUE, number, keys, depth), 0, keys)
@@ -260,7 +290,7 @@ def forward(address: Any) -> None:
             for row in range(count):
                 logarithm[first + row, 0] = block[0, row]
                 _write(output, first + row, mixed[row:], 1, block[1, row])
-        number = turn(address)
+        number = turn(address, TURNS)
 
 
 @kernel
@@ -269,14 +299,20 @@ def backward(address: Any) -> None:
     job = carray(address, (_LENGTH,))
     queries, keys, depth = job[QUERIES], job[KEYS], job[WIDTH]
     wide, long = _whole(depth), _whole(keys)
-    key, value = np.zeros((long, wide), np.float32), np.zeros((long, wide), np.float32)
-    of_key, of_value = np.empty((long, wide), np.float32), np.empty((long, wide), np.float32)
-    shares, changes = np.empty((long, LANES), np.float32), np.empty((long, LANES), np.float32)
-    own, delta = np.zeros((LANES, wide), np.float32), np.zeros((LANES, wide), np.float32)
-    mixed, block = np.zeros((LANES, wide), np.float32), np.empty((LANES, LANES), np.float32)
-    turned, changed = np.empty((wide, LANES), np.float32), np.empty((wide, LANES), np.float32)
-    scale = np.float32(job.view(np.float64)[SCALE])
-    number = turn(address)
+    scale, at = np.float32(job.view(np.float64)[SCALE]), _own_room(address, job, 1)
+    key, at = _carved(at, long, wide)
+    value, at = _carved(at, long, wide)
+    of_key, at = _carved(at, long, wide)
+    of_value, at = _carved(at, long, wide)
+    shares, at = _carved(at, long, LANES)
+    changes, at = _carved(at, long, LANES)
+    own, at = _carved(at, LANES, wide)
+    delta, at = _carved(at, LANES, wide)
+    mixed, at = _carved(at, LANES, wide)
+    turned, at = _carved(at, wide, LANES)
+    changed, at = _carved(at, wide, LANES)
+    block, at = _carved(at, LANES, LANES)
+    number = turn(address, TURNS)
     while number < job[ROWS] * job[HEADS]:
         _read(key, _head(job, KEY, number, keys, depth), 0, keys)
         _read(value, _head(job, VALUE, number, keys, depth), 0, keys)
@@ -301,4 +337,4 @@ def backward(address: Any) -> None:
             _write(_head(job, OF_QUERY, number, queries, depth), first, mixed, count, scale)
         _write(_head(job, OF_KEY, number, keys, depth), 0, of_key, keys, scale)
         _write(_head(job, OF_VALUE, number, keys, depth), 0, of_value, keys, _ONE)
-        number = turn(address)
+        number = turn(address, TURNS)

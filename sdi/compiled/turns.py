@@ -2,6 +2,7 @@
 
 A job is int64 in memory. Its first number counts turns: a thread takes the next one until there is
 none left, so that whoever is quicker does more. What the other numbers mean is up to the kernel.
+Kernels take no memory of their own: where there is none, compiled code could not tell its caller.
 
 numba keeps what it compiled in a file, and looks only at the kernel's own source to tell whether it
 is still true. Kernels are built from several files, so their names in the cache have a digest of
@@ -20,6 +21,9 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
+TURNS = 0
+"""The place of the turns in a job."""
+
 carray: Any = numba.carray  # type: ignore[attr-defined]
 _SIGNATURE = types.void(types.CPointer(types.int64))  # type: ignore[no-untyped-call]
 
@@ -33,17 +37,18 @@ def kernel(function: Callable[[Any], None]) -> Any:
     function.__qualname__ += _DIGEST
     try:
         return numba.cfunc(_SIGNATURE, cache=True, error_model="numpy")(function)
-    except RuntimeError:  # no folder to keep it in: compiled anew by each process
+    except Exception:  # no folder to keep it in, or what is kept cannot be read: compiled anew
         return numba.cfunc(_SIGNATURE, error_model="numpy")(function)
 
 
-def _turn(_context: Any, address: Any) -> Any:
-    """The next turn of a job, from 0 on; no other thread is given it."""
+def _turn(_context: Any, address: Any, place: Any) -> Any:
+    """The next turn that is counted at a place of a job, from 0 on; no other thread is given it."""
 
     def generate(_context: Any, builder: Any, _signature: Any, values: Any) -> Any:
-        return builder.atomic_rmw("add", values[0], ir.IntType(64)(1), "monotonic")
+        count = builder.gep(values[0], [values[1]])
+        return builder.atomic_rmw("add", count, ir.IntType(64)(1), "monotonic")
 
-    return types.int64(address), generate
+    return types.int64(address, place), generate
 
 
 turn: Any = intrinsic(_turn)  # numba fills in the context

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from sdi.flash import TORCHS, Flash, Options, compiled
 from sdi.sketch.kernels import has_numba
 from sdi.sketch.plan import Hashing, MatrixPlan
 
-_VERSION = 6
+_VERSION = 7
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,12 @@ def _abilities() -> dict[str, Any]:
 
 @cache
 def costs(device: torch.device) -> Costs:
-    """Of a device: from the file, or measured now (a quarter of a second) and written there."""
+    """Of a device: from the file, or measured now and written there.
+
+    That takes a quarter of a second; on a CPU, where numba has not compiled the kernels of this
+    version of `sdi` before, 5 to 15 seconds more. What a compiler that failed left unmeasured is
+    not written, for it may not fail the next time.
+    """
     path = _home() / "costs.json"
     known = _read(path)
     key = _key(device)
@@ -101,7 +107,8 @@ def costs(device: torch.device) -> Costs:
         return Costs(**known[key])
     except (KeyError, TypeError):
         found = measure(device)
-        _write(path, {**_read(path), key: asdict(found)})
+        if device.type != "cpu" or (compiled() is not None) == has_numba():
+            _write(path, {**_read(path), key: asdict(found)})
         return found
 
 
@@ -215,7 +222,7 @@ def _key(device: torch.device) -> str:
         name = torch.cuda.get_device_name(device)
     else:
         name = str(_abilities().get("cpu_name", platform.processor()))
-    kernel = "compiled adds" if has_numba() else "scattered adds"
+    kernel = f"numba {version('numba')}" if has_numba() else "scattered adds"
     half = "bfloat16" if multiplies_bfloat16(device) else "float32"
     said = (_VERSION, f"torch {torch.__version__}", device.type, name, kernel, half)
     return ", ".join(map(str, said))

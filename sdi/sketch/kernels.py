@@ -33,13 +33,20 @@ def shifted_add(
     """
     add = _compiled_add() if product.device.type == "cpu" else None
     if add is not None:
+        product = team.in_memory(product)
         operands = (product, starts, row_sign, column_sign, out)
-        assert all(tensor.is_contiguous() for tensor in operands)
         examples, columns, count = product.shape
         half = product.dtype == torch.bfloat16
+        kinds = product.dtype, torch.int64, *[torch.float32] * 3
+        shapes = product.shape, (columns,), (count,), (columns,), (examples, out.shape[1])
+        assert half or product.dtype == torch.float32, product.dtype
+        assert count <= out.shape[1], (count, out.shape)
+        for tensor, kind, shape in zip(operands, kinds, shapes, strict=True):
+            assert tensor.is_contiguous() and tensor.dtype == kind, (tensor.stride(), tensor.dtype)
+            assert tensor.shape == shape, (tensor.shape, shape)
         sizes = (examples, columns, count, out.shape[1], int(half))
         addresses = (tensor.data_ptr() for tensor in operands)
-        team.run(add, (0, *sizes, *addresses), alone=product.numel() < FEW)
+        team.run(add, (0, *sizes, *addresses), 1 if product.numel() < FEW else team.size())
         return
     rows = torch.arange(product.shape[2], device=product.device)
     index = ((starts[:, None] + rows) % out.shape[1]).reshape(-1)
