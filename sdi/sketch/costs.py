@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -161,15 +161,23 @@ def _measured(device: torch.device) -> Costs:
 
 
 def _linear_layers(inputs: Tensor) -> dict[str, float]:
-    """Nanoseconds a multiply-add of both libraries on a CPU; elsewhere there is no choice."""
+    """Nanoseconds a multiply-add of both libraries on a CPU; elsewhere there is no choice.
+
+    Forward and backward, which read the weight in two orders: one library may be quicker at either.
+    """
     weight = inputs.new_ones(inputs.shape[2], inputs.shape[2])
-    operations = inputs.numel() * len(weight)
+    operations = 2 * inputs.numel() * len(weight)
     if inputs.device.type != "cpu":
         return {"linear": 0.0, "onednn_linear": math.inf}
-    plain = _nanoseconds(lambda: F.linear(inputs, weight), inputs.device)
+
+    def both(product: Callable[[Tensor], Tensor]) -> float:
+        orders = [partial(product, weight), partial(product, weight.t())]
+        return sum(_nanoseconds(run, inputs.device) for run in orders)
+
+    plain = both(lambda w: F.linear(inputs, w))
     try:
         product = torch.ops.mkldnn._linear_pointwise
-        other = _nanoseconds(lambda: product(inputs, weight, None, "none", [], ""), inputs.device)
+        other = both(lambda w: product(inputs, w, None, "none", [], ""))
     except (AttributeError, RuntimeError):  # a torch without oneDNN, or one that refuses
         other = math.inf
     return {"linear": plain / operations, "onednn_linear": other / operations}
