@@ -65,7 +65,6 @@ def _backward(
     return found
 
 
-_ROWS_FIRST = torch.contiguous_format
 TORCHS = Flash(_forward, _backward)
 """torch's own, in the type of the operands."""
 
@@ -97,7 +96,7 @@ def compiled() -> Flash | None:
 def _written(like: Tensor) -> Tensor:
     """To be written, in the order of axes of an operand, as torch's own kernel does."""
     found = torch.empty_like(like)
-    return found if found.stride(-1) == 1 else torch.empty_like(found, memory_format=_ROWS_FIRST)
+    return found if found.stride(-1) == 1 else like.new_empty(like.shape)
 
 
 def _run(

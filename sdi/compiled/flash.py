@@ -66,8 +66,8 @@ def _whole(count: Any) -> Any:
 @numba.njit
 def _room(keys: Any, depth: Any, both: Any) -> Any:
     wide, long = _whole(depth), _whole(keys)
-    of_keys, of_queries = long * (2 * wide + LANES), LANES * (3 * wide + LANES)
-    return of_keys + of_queries + both * (of_keys + LANES * 2 * wide)
+    of_keys, of_queries = (1 + both) * long * (2 * wide + LANES), (3 + 2 * both) * LANES * wide
+    return of_keys + of_queries + LANES * LANES
 
 
 def room(keys: int, depth: int, *, backward: bool) -> int:
@@ -76,15 +76,26 @@ def room(keys: int, depth: int, *, backward: bool) -> int:
 
 
 @numba.njit
-def _own_room(address: Any, job: Any, both: Any) -> Any:
-    """The address of a thread's scratch memory, from which `_carved` takes."""
-    return job[SCRATCH] + 4 * turn(address, THREADS) * _room(job[KEYS], job[WIDTH], both)
+def _scratch(address: Any, job: Any, both: Any) -> Any:
+    """A thread's own memory, undefined: for forward, or with `both` for backward, several each of
+
+    (N, D), (N, LANES), (LANES, D) and (D, LANES); and one (LANES, LANES).
+    """
+    keys, depth = job[KEYS], job[WIDTH]
+    wide, long = _whole(depth), _whole(keys)
+    at = job[SCRATCH] + 4 * turn(address, THREADS) * _room(keys, depth, both)
+    whole, at = _carved(at, 2 + 2 * both, long, wide)
+    scores, at = _carved(at, 1 + both, long, LANES)
+    queries, at = _carved(at, 2 + both, LANES, wide)
+    turned, at = _carved(at, 1 + both, wide, LANES)
+    blocks, at = _carved(at, 1, LANES, LANES)
+    return whole, scores, queries, turned, blocks[0]
 
 
 @numba.njit
-def _carved(start: Any, rows: Any, columns: Any) -> Any:
-    """(rows, columns) of scratch memory, undefined, and the address after them."""
-    return carray(_floats(start), (rows, columns)), start + 4 * rows * columns
+def _carved(start: Any, count: Any, rows: Any, columns: Any) -> Any:
+    """(count, rows, columns) of scratch memory, and the address after them."""
+    return carray(_floats(start), (count, rows, columns)), start + 4 * count * rows * columns
 
 
 @numba.njit
@@ -265,15 +276,10 @@ def forward(address: Any) -> None:
     """OUTPUT (B, H, T, D), and LOGARITHM (B, H, T, 1), that of the sums of exponentials."""
     job = carray(address, (_LENGTH,))
     queries, keys, depth = job[QUERIES], job[KEYS], job[WIDTH]
-    wide, long = _whole(depth), _whole(keys)
-    scale, at = np.float32(job.view(np.float64)[SCALE]), _own_room(address, job, 0)
-    key, at = _carved(at, long, wide)
-    value, at = _carved(at, long, wide)
-    scores, at = _carved(at, long, LANES)
-    own, at = _carved(at, LANES, wide)
-    mixed, at = _carved(at, LANES, wide)
-    turned, at = _carved(at, wide, LANES)
-    block, at = _carved(at, LANES, LANES)
+    scale = np.float32(job.view(np.float64)[SCALE])
+    whole, scored, of_queries, turns, block = _scratch(address, job, 0)
+    key, value, scores, turned = whole[0], whole[1], scored[0], turns[0]
+    own, mixed = of_queries[0], of_queries[1]
     number = turn(address, TURNS)
     while number < job[ROWS] * job[HEADS]:
         _read(key, _head(job, KEY, number, keys, depth), 0, keys)
@@ -298,20 +304,11 @@ def backward(address: Any) -> None:
     """OF_QUERY, OF_KEY and OF_VALUE, the gradients of Σ DELTA · OUTPUT."""
     job = carray(address, (_LENGTH,))
     queries, keys, depth = job[QUERIES], job[KEYS], job[WIDTH]
-    wide, long = _whole(depth), _whole(keys)
-    scale, at = np.float32(job.view(np.float64)[SCALE]), _own_room(address, job, 1)
-    key, at = _carved(at, long, wide)
-    value, at = _carved(at, long, wide)
-    of_key, at = _carved(at, long, wide)
-    of_value, at = _carved(at, long, wide)
-    shares, at = _carved(at, long, LANES)
-    changes, at = _carved(at, long, LANES)
-    own, at = _carved(at, LANES, wide)
-    delta, at = _carved(at, LANES, wide)
-    mixed, at = _carved(at, LANES, wide)
-    turned, at = _carved(at, wide, LANES)
-    changed, at = _carved(at, wide, LANES)
-    block, at = _carved(at, LANES, LANES)
+    scale = np.float32(job.view(np.float64)[SCALE])
+    whole, scored, of_queries, turns, block = _scratch(address, job, 1)
+    key, value, of_key, of_value = whole[0], whole[1], whole[2], whole[3]
+    shares, changes, turned, changed = scored[0], scored[1], turns[0], turns[1]
+    own, delta, mixed = of_queries[0], of_queries[1], of_queries[2]
     number = turn(address, TURNS)
     while number < job[ROWS] * job[HEADS]:
         _read(key, _head(job, KEY, number, keys, depth), 0, keys)
