@@ -28,6 +28,9 @@ LARGEST = 127
 BASE = 254.0
 """How many units of a digit make one of the digit before it."""
 DIGITS = 3
+_WIDE = 4 << 20
+"""Bytes of float32 that are widened at once."""
+_COLUMNS = 16
 _DEEPEST = (2**31 - 1) // LARGEST**2
 """The largest M whose products are sure to fit in int32."""
 
@@ -73,8 +76,7 @@ class Operand:
     def times(self, rows: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
         """Inner products (R, V) of int8 rows (R, M), on the CPU."""
         if self.scale is None:
-            product = rows.to(self.columns.device, torch.float32) @ self.columns
-            return product.to("cpu", dtype)
+            return _widened_product(rows, self.columns).to("cpu", dtype)
         whole = torch._int_mm(rows, self.columns)
         count = self.count
         product = whole[:, :count].to(dtype)
@@ -82,6 +84,25 @@ class Operand:
             own = whole[:, digit * count : (digit + 1) * count]
             product.add_(own, alpha=BASE**-digit)
         return product.mul_(self.scale.to(dtype))
+
+
+def _widened_product(rows: Tensor, columns: Tensor) -> Tensor:
+    """int8 (R, M) times float32 (M, V), where the columns are.
+
+    On the CPU a stretch of rows is widened and multiplied while it is still in the cache. Columns
+    are filled up with zeros: MKL takes four times as long for ten columns as for sixteen.
+    """
+    if columns.device.type != "cpu":
+        return rows.to(columns.device, torch.float32) @ columns
+    dim, count = columns.shape
+    if count > 1:
+        columns = torch.nn.functional.pad(columns, (0, -count % _COLUMNS))
+    product = columns.new_empty(len(rows), columns.shape[1])
+    most = max(1, min(len(rows), _WIDE // (4 * dim)))
+    room = columns.new_empty(most, dim)
+    for part, out in zip(torch.split(rows, most), torch.split(product, most), strict=True):
+        torch.mm(room[: len(part)].copy_(part), columns, out=out)
+    return product[:, :count]
 
 
 def digits_of(

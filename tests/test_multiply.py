@@ -56,6 +56,23 @@ def test_any_vectors(integers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (np.abs(some - expected[:, which]) <= 1e-6 * size[:, which]).all()
 
 
+@pytest.mark.parametrize("count", [1, 2, 10, 16, 17])
+@pytest.mark.parametrize("rows", [0, 1, 7, 50])
+def test_rows_are_widened_in_stretches(
+    rows: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without integer products rows become float32 a few at a time, whatever number of columns."""
+    monkeypatch.setattr(multiply, "exact_integers", lambda: False)
+    monkeypatch.setattr(multiply, "_WIDE", 4 * 7 * 96)
+    stored = np.zeros((rows, 2, 96), np.int8)
+    stored[:, 1] = sketches(max(rows, 1), 96)[0][:rows]
+    values = np.random.default_rng(4).normal(size=(count, 96)).astype(np.float32)
+    found = Operand.of(values, CPU).times(torch.from_numpy(stored)[:, 1], torch.float32)
+    expected = stored[:, 1].astype(np.float64) @ values.T
+    assert found.shape == (rows, count)
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-5 * 34 * 10)
+
+
 def test_digits_leave_what_float32_leaves() -> None:
     """Three digits hold a vector to 2e-7 of its norm, where the sketch's own error is 1/√M."""
     values = np.random.default_rng(3).normal(size=(5, 4096))

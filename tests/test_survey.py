@@ -14,6 +14,7 @@ from curate import pairscores, product
 from curate import survey as surveying
 from curate.blocks import Block, SketchRows
 from curate.errors import CurateError
+from curate.multiply import exact_integers
 from curate.queryvectors import Groups, QueryVectors
 from curate.scores import Scoring, score_run
 from curate.scoresettings import ScoreSettings, chosen_weights
@@ -92,7 +93,8 @@ def test_best_rows_are_read_by_blocks(
     score_run(often, "test", top_k=20)
     assert max(taken) == 6
     expected, found = (run.tops("test").collect() for run in (once, often))
-    assert_frame_equal(found, expected, rel_tol=1e-6, abs_tol=1e-7)
+    near = 1e-7 if exact_integers() else 1e-6  # float32 adds up otherwise in other blocks
+    assert_frame_equal(found, expected, rel_tol=1e-6, abs_tol=near)
 
 
 @pytest.mark.parametrize("settings", [{}, {"kind": "cosine"}, {"precondition": 0.1}], ids=str)
