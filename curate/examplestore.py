@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import polars as pl
-from numpy.typing import NDArray
 
 from curate import atomic
 from curate.errors import CurateError
 from curate.manifest import File, Manifest, SetEntry
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from curate.examples import ExampleSet
     from curate.rundir import RunDirectory
 
@@ -136,55 +138,74 @@ class ExampleStore:
         frame = self._run.scan(entry.parts, f"set '{set_name}'").select("id").collect()
         return frame["id"].to_list()
 
-    def table(self, set_name: str) -> pl.LazyFrame:
-        """The set's own table, with loss, steps and side columns joined by row."""
+    def table(self, set_name: str, rows: Collection[int] | None = None) -> pl.LazyFrame:
+        """The set's own table, with loss, steps and side columns joined by row.
+
+        Where `rows` are given, loss and steps of the others may be NULL: their shards are not read.
+        """
         frame = self._run.scan(self.entry(set_name).parts, f"rows in set '{set_name}'")
-        for more in self.beside(set_name):
+        for more in self.beside(set_name, rows):
             table = pl.scan_parquet(more) if isinstance(more, Path) else more.lazy()
             frame = frame.join(table, on="row", how="left", maintain_order="left")
         return frame
 
-    def beside(self, set_name: str) -> list[pl.DataFrame | Path]:
+    def beside(
+        self, set_name: str, rows: Collection[int] | None = None
+    ) -> list[pl.DataFrame | Path]:
         """What `table` joins by `row`: loss and steps once there are some, then side columns."""
         sides = [self._run.path / file.path for file in self.entry(set_name).sides.values()]
         if not self._run.manifest.find_kind(set_name, "rows"):
             return [*sides]
-        return [self._measured(set_name), *sides]
+        return [self._measured(set_name, rows), *sides]
 
-    def losses(self, set_name: str) -> pl.DataFrame:
-        """row, then losses by checkpoint."""
+    def losses(self, set_name: str, rows: Collection[int] | None = None) -> pl.DataFrame:
+        """row, then losses by checkpoint; `rows` as for `table`."""
+        import numpy as np  # 100 ms, which `curate sql` need not wait for
+
         columns = {
-            checkpoint: self._column(set_name, checkpoint, "loss", np.float32, np.nan)
+            checkpoint: self._column(set_name, checkpoint, "loss", np.float32, np.nan, rows)
             for checkpoint in self._run.manifest.weights
         }
         frame = pl.DataFrame({"row": np.arange(self.entry(set_name).rows), **columns})
         return frame.with_columns(pl.col(list(columns)).fill_nan(None))
 
-    def depths(self, set_name: str) -> NDArray[np.int32]:
-        """(N,) depth by row."""
+    def depths(self, set_name: str, rows: Collection[int] | None = None) -> NDArray[np.int32]:
+        """(N,) depth by row; `rows` as for `table`."""
+        import numpy as np
+
         deepest = np.zeros(self.entry(set_name).rows, np.int32)
         for checkpoint in self._run.manifest.weights:
-            found = self._column(set_name, checkpoint, "depth", np.int32, 0)
+            found = self._column(set_name, checkpoint, "depth", np.int32, 0, rows)
             np.maximum(deepest, found, out=deepest)
         return deepest
 
-    def _measured(self, set_name: str) -> pl.DataFrame:
+    def _measured(self, set_name: str, rows: Collection[int] | None) -> pl.DataFrame:
         """row, loss at the last checkpoint that has it, steps; NULL where not yet sketched."""
-        losses = self.losses(set_name)
+        losses = self.losses(set_name, rows)
         last_first = losses.columns[:0:-1]
-        depths = pl.Series("steps", self.depths(set_name))
+        depths = pl.Series("steps", self.depths(set_name, rows))
         return losses.select("row", pl.coalesce(last_first).alias("loss")).with_columns(
             depths.replace(0, None)
         )
 
     def _column(
-        self, set_name: str, checkpoint: str, name: str, kind: type, absent: float
+        self,
+        set_name: str,
+        checkpoint: str,
+        name: str,
+        kind: type,
+        absent: float,
+        rows: Collection[int] | None,
     ) -> NDArray[np.generic]:
+        import numpy as np
+
         column: NDArray[np.generic] = np.full(self.entry(set_name).rows, absent, kind)
         directory = self._run.sketches_directory(set_name, checkpoint)
+        wanted = None if rows is None else sorted(rows)
         for shard in self._run.manifest.find_shards(set_name, checkpoint, "rows"):
             first, last = shard.rows
-            column[first:last] = np.load(directory / f"{name}-{shard.number:05d}.npy")
+            if wanted is None or bisect_left(wanted, first) < bisect_left(wanted, last):
+                column[first:last] = np.load(directory / f"{name}-{shard.number:05d}.npy")
         return column
 
     def _install(self, staged: Path, target: Path) -> None:

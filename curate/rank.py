@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import polars as pl
@@ -160,12 +161,14 @@ def from_examples(
     return work(whole.collect())
 
 
-def _tables(run: RunDirectory, query: str) -> Tables:
-    """The influence of the rows on a query, and the rows, unread but for their losses."""
-    return run.influence(query), run.examples(run.influence_entry(query).train_set)
+def _tables(run: RunDirectory, query: str, rows: Collection[int] | None = None) -> Tables:
+    """The influence of the rows on a query, and the rows, unread but for their losses; these may
+    be NULL but for `rows`.
+    """
+    return run.influence(query), run.examples(run.influence_entry(query).train_set, rows)
 
 
-def _joined(tables: Tables, rows: list[int] | None = None) -> pl.LazyFrame:
+def _joined(tables: Tables, rows: Collection[int] | None = None) -> pl.LazyFrame:
     """Both, unread and in the order of the rows' table; of some rows on request."""
     influence, examples = tables
     known = set(influence.collect_schema().names()) - {"row"}
@@ -177,7 +180,7 @@ def _joined(tables: Tables, rows: list[int] | None = None) -> pl.LazyFrame:
     return examples.select(ours).join(influence, on="row", how="left", maintain_order="left")
 
 
-def _ranked(tables: Tables, config: RankConfig) -> pl.DataFrame:
+def _ranked(tables: Tables, joined: Callable[[], pl.LazyFrame], config: RankConfig) -> pl.DataFrame:
     """The best rows, from no more columns than the configuration names.
 
     Read whole, they go to SQL in the order of the rows, as all columns would: a window function
@@ -188,7 +191,7 @@ def _ranked(tables: Tables, config: RankConfig) -> pl.DataFrame:
     alone = config.by in ours and config.where is None  # a row without has no rank
     if not alone:
         alone = set(theirs) <= {"row", *ours} and _same_rows(tables)
-    table = influence if alone else _joined(tables)
+    table = influence if alone else joined()
     frame = table.select(_named(table, config.by, config.where)).collect().sort("row")
     columns = evaluated(frame, config.by, config.where)
     front = _front(columns, config)
@@ -235,22 +238,33 @@ def rank(
     they may mean columns that they do not name (`COLUMNS('s0.')`, `*`), all are read whole.
     """
     config = RankConfig(by=by, descending=descending, where=where, top=top)
-    tables = _tables(run, default_query(run, query))
+    own = partial(_tables, run, default_query(run, query))
+    tables = own(())
     plain = by in tables[0].collect_schema().names()
     is_name = plain or by in tables[1].collect_schema().names()
     with nullcontext() if is_name and where is None else prepared():
-        return _rank(tables, config, ("" if plain else by, where or ""))
+        return _rank(own, config, ("" if plain else by, where or ""))
 
 
-def _rank(tables: Tables, config: RankConfig, expressions: tuple[str, str]) -> pl.DataFrame:
-    """The best rows with all their columns, of which few are read whole where that will do."""
+def _rank(
+    own: Callable[..., Tables], config: RankConfig, expressions: tuple[str, str]
+) -> pl.DataFrame:
+    """The best rows with all their columns, of which few are read whole where that will do.
+
+    `own` makes the tables, with the losses of all rows or of those it is given.
+    """
+
+    def joined() -> pl.LazyFrame:
+        return _joined(own())
+
     if config.top is None or config.top < 1 or any(map(_EXPANDS.search, expressions)):
-        return rank_frame(_joined(tables).sort("row").collect(), config)
+        return rank_frame(joined().sort("row").collect(), config)
     try:
-        best = _ranked(tables, config)
+        best = _ranked(own(()), joined, config)
     except UsageError:  # the message names the columns there are, so it needs them all
-        return rank_frame(_joined(tables).sort("row").collect(), config)
-    whole = _joined(tables, best["row"].to_list()).collect()
+        return rank_frame(joined().sort("row").collect(), config)
+    rows = best["row"].to_list()
+    whole = _joined(own(rows), rows).collect()
     kept = best.select("row", "score", "score_se", "rank")
     found = whole.drop("score", "score_se", "rank", "passes", strict=False).join(kept, on="row")
     return _arranged(found.sort("rank"))

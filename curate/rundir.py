@@ -9,7 +9,7 @@ process that writes holds one (`writing`), which the system releases when the pr
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -241,12 +241,15 @@ class RunDirectory:
         """The ids of the rows that were sketched, which keep their numbers; others may change."""
         return self.ids(set_name)[: self._store.fixed(set_name)]
 
-    def examples(self, set_name: str = "train") -> pl.LazyFrame:
+    def examples(
+        self, set_name: str = "train", rows: Collection[int] | None = None
+    ) -> pl.LazyFrame:
         """A set's table in row order, with the columns of its side tables.
 
         Once it was sketched: `loss`, at the last checkpoint that has it, and `steps`, its depth.
+        Where only some `rows` are wanted, those of others may be NULL, which is quicker.
         """
-        return self._store.table(set_name)
+        return self._store.table(set_name, rows)
 
     def losses(self, set_name: str) -> pl.DataFrame:
         """row, then one float32 column of losses per checkpoint; NULL where not yet sketched."""

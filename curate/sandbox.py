@@ -52,11 +52,12 @@ class RefusedError(Exception):
 
 
 def main() -> None:
-    """Serve one request."""
+    """Serve one request; whatever takes long and needs none of it comes first."""
+    connection = duckdb.connect(":memory:")
     request = json.load(sys.stdin)
     try:
         limit_process(request["memory"], request["timeout"])
-        reply: dict[str, Any] = {"rows": serve(request)}
+        reply: dict[str, Any] = {"rows": serve(connection, request)}
     except RefusedError as error:
         reply = {"kind": "refused", "message": str(error)}
     except duckdb.InterruptException:
@@ -97,9 +98,8 @@ def _own_data() -> int:
         return 1 << 28
 
 
-def serve(request: dict[str, Any]) -> int:
+def serve(connection: Any, request: dict[str, Any]) -> int:
     """Run the request's statement, write its rows to `out` and return how many there are."""
-    connection = duckdb.connect(":memory:")
     for name, files in request["files"].items():
         connection.register(name, opened(files))
     for view in request["views"]:

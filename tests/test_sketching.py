@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import polars as pl
 import pytest
 import torch
+from polars.testing import assert_frame_equal
 from torch import Tensor, nn
 
 import sdi
@@ -125,6 +127,30 @@ def test_unfinished_sets_are_not_read_as_whole(run: RunDirectory, tmp_path: Path
     assert len(run.shards("train", "late", "totals", partial=True)) == 3
     table = run.examples("train").collect()
     assert table["loss"].null_count() == table["steps"].null_count() == 3
+
+
+def test_losses_of_some_rows_are_read_from_their_shards(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever wants a few rows is given theirs, and the other shards are left alone."""
+    sketch(run)
+    first, last = min(shard.rows for shard in run.manifest.find_shards("train", "late", "rows"))
+    whole = run.examples("train").collect()
+    read: list[str] = []
+    load = np.load
+
+    def noted(path: Path, **more: Any) -> Any:
+        read.append(Path(path).name)
+        return load(path, **more)
+
+    monkeypatch.setattr(np, "load", noted)
+    rows = [last - 1, first]
+    found = run.examples("train", rows).filter(pl.col("row").is_in(rows)).collect()
+    assert set(read) == {"loss-00000.npy", "depth-00000.npy"}
+    assert_frame_equal(found, whole.filter(pl.col("row").is_in(rows)))
+    read.clear()
+    assert run.examples("train", ()).collect_schema() == whole.schema
+    assert not read
 
 
 def test_totals_alone_then_steps(run: RunDirectory) -> None:
