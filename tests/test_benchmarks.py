@@ -84,12 +84,20 @@ def test_one_run_gives_no_line() -> None:
     }  # fmt: skip
 
 
+def test_a_smaller_batch_that_is_nearly_as_fast_is_taken() -> None:
+    """Nine tenths of the rows a second will do where a side says so, else the fastest is taken."""
+    tried = {1: 12.0, 2: 11.0, 4: 10.0, 8: 10.5}
+    assert [job.smallest(tried, good) for good in (0.8, 0.9, 1.0)] == [1, 2, 4]
+
+
 def test_sides_take_turns_where_both_have_so_many_rows() -> None:
-    """Runs on a number of rows that both are given alternate; the others come once, afterwards."""
-    ours, theirs = job.sides((10, 99), (5, 10))
+    """Runs on a number of rows that both are given alternate, once where they are long; the others
+    come once, afterwards.
+    """
+    ours, theirs = job.sides((10, 99, 1000), (5, 10, 1000))
     found = [(side.name, rows) for side, rows in job.order((ours, theirs), turns=2)]
-    both = [("ours", 10), ("published", 10)]
-    assert found == [*both, *both, ("ours", 99), ("published", 5)]
+    few, many = ([("ours", rows), ("published", rows)] for rows in (10, 1000))
+    assert found == [*few, *few, *many, ("ours", 99), ("published", 5)]
 
 
 def test_demands_compare_the_best_of_both_data_types() -> None:

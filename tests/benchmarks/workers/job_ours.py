@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from sdi.checkpoints import find_checkpoints
 
 def make(job: dict[str, Any]) -> dict[str, Deed]:
     """`work`: the whole job on the first `rows` rows, in batches of `size` padded tokens."""
+    numbers = count()
 
     def work(rows: int, size: int, checkpoints: int) -> dict[str, Any]:
         seconds, begin = {}, time.perf_counter()
-        run = RunDirectory.create(Path(f"run-{rows}-{size}"))
+        run = RunDirectory.create(Path(f"run-{next(numbers)}"))
         with Loader() as loader:
             add(run, loader, job, "train", f"0:{rows}")
             add(run, loader, job, "query", f"-{job['queries']}:")
