@@ -141,7 +141,8 @@ class ExampleStore:
     def table(self, set_name: str, rows: Collection[int] | None = None) -> pl.LazyFrame:
         """The set's own table, with loss, steps and side columns joined by row.
 
-        Where `rows` are given, loss and steps of the others may be NULL: their shards are not read.
+        All rows are there; with `rows`, loss and steps of others may be NULL: no shard is read for
+        them.
         """
         frame = self._run.scan(self.entry(set_name).parts, f"rows in set '{set_name}'")
         for more in self.beside(set_name, rows):

@@ -29,8 +29,9 @@ BASE = 254.0
 """How many units of a digit make one of the digit before it."""
 DIGITS = 3
 _WIDE = 4 << 20
-"""Bytes of float32 that are widened at once."""
+"""Bytes of float32 that rows are widened to at once; each core's share of a cache holds them."""
 _COLUMNS = 16
+"""Another number of float32 columns may cost more: MKL takes four times as long for ten."""
 _DEEPEST = (2**31 - 1) // LARGEST**2
 """The largest M whose products are sure to fit in int32."""
 
@@ -40,33 +41,32 @@ class Operand:
     """V vectors, laid out for the device that multiplies.
 
     Attributes:
-        columns: int8 (M, V), (M, 2V) or (M, 3V), digit by digit; or float32 (M, V).
+        columns: int8 (M, V), (M, 2V) or (M, 3V), digit by digit; or float32 (M, V or more), where
+            what is more is zero.
+        count: V.
         scale: (V,) float64, what products of digits are multiplied with; None for float32.
     """
 
     columns: Tensor
+    count: int
     scale: Tensor | None
-
-    @property
-    def count(self) -> int:
-        """V."""
-        return int(self.columns.shape[1]) if self.scale is None else len(self.scale)
 
     def some(self, which: Tensor) -> Operand:
         """Those of the vectors whose numbers are given."""
         if self.scale is None:
-            return Operand(self.columns[:, which], None)
+            return Operand(_filled(self.columns[:, which]), len(which), None)
         digits = self.columns.view(len(self.columns), -1, self.count)[:, :, which]
-        return Operand(digits.flatten(1), self.scale[which])
+        return Operand(digits.flatten(1), len(which), self.scale[which])
 
     @classmethod
     def of(cls, values: npt.NDArray[np.floating], device: torch.device) -> Operand:
         """Lay out `values` (V, M)."""
         if device.type != "cpu" or not exact_integers() or values.shape[1] > _DEEPEST:
-            single = np.ascontiguousarray(values.T, dtype=np.float32)
-            return cls(torch.from_numpy(single).to(device), None)
+            single = torch.from_numpy(np.ascontiguousarray(values.T, dtype=np.float32))
+            return cls(_filled(single.to(device)), len(values), None)
         digits, scale = digits_of(values)
-        return cls(torch.from_numpy(np.ascontiguousarray(digits.T)), torch.from_numpy(scale))
+        columns = torch.from_numpy(np.ascontiguousarray(digits.T))
+        return cls(columns, len(values), torch.from_numpy(scale))
 
     @property
     def width(self) -> int:
@@ -76,7 +76,7 @@ class Operand:
     def times(self, rows: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
         """Inner products (R, V) of int8 rows (R, M), on the CPU."""
         if self.scale is None:
-            return _widened_product(rows, self.columns).to("cpu", dtype)
+            return _widened_product(rows, self.columns)[:, : self.count].to("cpu", dtype)
         whole = torch._int_mm(rows, self.columns)
         count = self.count
         product = whole[:, :count].to(dtype)
@@ -86,23 +86,27 @@ class Operand:
         return product.mul_(self.scale.to(dtype))
 
 
+def _filled(columns: Tensor) -> Tensor:
+    """float32 (M, V), on a CPU with zeros behind them up to a multiple of `_COLUMNS`."""
+    count = columns.shape[1]
+    missing = -count % _COLUMNS if count > 1 and columns.device.type == "cpu" else 0
+    return torch.nn.functional.pad(columns, (0, missing)) if missing else columns
+
+
 def _widened_product(rows: Tensor, columns: Tensor) -> Tensor:
     """int8 (R, M) times float32 (M, V), where the columns are.
 
-    On the CPU a stretch of rows is widened and multiplied while it is still in the cache. Columns
-    are filled up with zeros: MKL takes four times as long for ten columns as for sixteen.
+    On the CPU a stretch of rows is widened and multiplied at a time, before it leaves the cache.
     """
     if columns.device.type != "cpu":
         return rows.to(columns.device, torch.float32) @ columns
-    dim, count = columns.shape
-    if count > 1:
-        columns = torch.nn.functional.pad(columns, (0, -count % _COLUMNS))
+    dim = len(columns)
     product = columns.new_empty(len(rows), columns.shape[1])
     most = max(1, min(len(rows), _WIDE // (4 * dim)))
     room = columns.new_empty(most, dim)
     for part, out in zip(torch.split(rows, most), torch.split(product, most), strict=True):
         torch.mm(room[: len(part)].copy_(part), columns, out=out)
-    return product[:, :count]
+    return product
 
 
 def digits_of(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -161,14 +161,12 @@ def from_examples(
     return work(whole.collect())
 
 
-def _tables(run: RunDirectory, query: str, rows: Collection[int] | None = None) -> Tables:
-    """The influence of the rows on a query, and the rows, unread but for their losses; these may
-    be NULL but for `rows`.
-    """
-    return run.influence(query), run.examples(run.influence_entry(query).train_set, rows)
+def _tables(run: RunDirectory, query: str) -> Tables:
+    """The influence of the rows on a query, and the rows, unread but for their losses."""
+    return run.influence(query), run.examples(run.influence_entry(query).train_set)
 
 
-def _joined(tables: Tables, rows: Collection[int] | None = None) -> pl.LazyFrame:
+def _joined(tables: Tables, rows: list[int] | None = None) -> pl.LazyFrame:
     """Both, unread and in the order of the rows' table; of some rows on request."""
     influence, examples = tables
     known = set(influence.collect_schema().names()) - {"row"}
@@ -180,8 +178,10 @@ def _joined(tables: Tables, rows: Collection[int] | None = None) -> pl.LazyFrame
     return examples.select(ours).join(influence, on="row", how="left", maintain_order="left")
 
 
-def _ranked(tables: Tables, joined: Callable[[], pl.LazyFrame], config: RankConfig) -> pl.DataFrame:
-    """The best rows, from no more columns than the configuration names.
+def _ranked(
+    tables: Tables, joined: Callable[..., pl.LazyFrame], config: RankConfig
+) -> pl.DataFrame:
+    """The best rows, from no more columns than the configuration names; arguments as for `_rank`.
 
     Read whole, they go to SQL in the order of the rows, as all columns would: a window function
     without ORDER BY sees the same neighbours. A join of the Parquet files in SQL keeps no order.
@@ -238,33 +238,37 @@ def rank(
     they may mean columns that they do not name (`COLUMNS('s0.')`, `*`), all are read whole.
     """
     config = RankConfig(by=by, descending=descending, where=where, top=top)
-    own = partial(_tables, run, default_query(run, query))
-    tables = own(())
-    plain = by in tables[0].collect_schema().names()
+    name = default_query(run, query)
+    influence = run.influence(name)
+    examples = partial(run.examples, run.influence_entry(name).train_set)
+    tables = influence, examples(())
+    plain = by in influence.collect_schema().names()
     is_name = plain or by in tables[1].collect_schema().names()
+
+    def joined(rows: list[int] | None = None) -> pl.LazyFrame:
+        return _joined((influence, examples(rows)), rows)
+
     with nullcontext() if is_name and where is None else prepared():
-        return _rank(own, config, ("" if plain else by, where or ""))
+        return _rank(tables, joined, config, ("" if plain else by, where or ""))
 
 
 def _rank(
-    own: Callable[..., Tables], config: RankConfig, expressions: tuple[str, str]
+    tables: Tables,
+    joined: Callable[..., pl.LazyFrame],
+    config: RankConfig,
+    expressions: tuple[str, str],
 ) -> pl.DataFrame:
     """The best rows with all their columns, of which few are read whole where that will do.
 
-    `own` makes the tables, with the losses of all rows or of those it is given.
+    The `tables` may lack losses; `joined` joins them with these, for all rows or for some.
     """
-
-    def joined() -> pl.LazyFrame:
-        return _joined(own())
-
     if config.top is None or config.top < 1 or any(map(_EXPANDS.search, expressions)):
         return rank_frame(joined().sort("row").collect(), config)
     try:
-        best = _ranked(own(()), joined, config)
+        best = _ranked(tables, joined, config)
     except UsageError:  # the message names the columns there are, so it needs them all
         return rank_frame(joined().sort("row").collect(), config)
-    rows = best["row"].to_list()
-    whole = _joined(own(rows), rows).collect()
+    whole = joined(best["row"].sort().to_list()).collect()
     kept = best.select("row", "score", "score_se", "rank")
     found = whole.drop("score", "score_se", "rank", "passes", strict=False).join(kept, on="row")
     return _arranged(found.sort("rank"))

@@ -247,7 +247,7 @@ class RunDirectory:
         """A set's table in row order, with the columns of its side tables.
 
         Once it was sketched: `loss`, at the last checkpoint that has it, and `steps`, its depth.
-        Where only some `rows` are wanted, those of others may be NULL, which is quicker.
+        Where both are wanted of some `rows` only, they may be NULL in the others, which is quicker.
         """
         return self._store.table(set_name, rows)
 

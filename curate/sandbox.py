@@ -52,10 +52,11 @@ class RefusedError(Exception):
 
 
 def main() -> None:
-    """Serve one request; whatever takes long and needs none of it comes first."""
-    connection = duckdb.connect(":memory:")
-    request = json.load(sys.stdin)
+    """Serve one request; DuckDB is opened before it is read, since it may be a while coming."""
     try:
+        # One thread, so that no stacks of others count as this process's own; see `lock`.
+        connection = duckdb.connect(":memory:", config={"threads": 1})
+        request = json.load(sys.stdin)
         limit_process(request["memory"], request["timeout"])
         reply: dict[str, Any] = {"rows": serve(connection, request)}
     except RefusedError as error:

@@ -62,6 +62,14 @@ def test_rows_are_widened_in_stretches(
     rows: int, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without integer products rows become float32 a few at a time, whatever number of columns."""
+    multiplied: list[tuple[int, ...]] = []
+    mm = torch.mm
+
+    def noted(left: torch.Tensor, right: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+        multiplied.append((*left.shape, right.shape[1]))
+        return mm(left, right, out=out)
+
+    monkeypatch.setattr(torch, "mm", noted)
     monkeypatch.setattr(multiply, "exact_integers", lambda: False)
     monkeypatch.setattr(multiply, "_WIDE", 4 * 7 * 96)
     stored = np.zeros((rows, 2, 96), np.int8)
@@ -69,8 +77,12 @@ def test_rows_are_widened_in_stretches(
     values = np.random.default_rng(4).normal(size=(count, 96)).astype(np.float32)
     found = Operand.of(values, CPU).times(torch.from_numpy(stored)[:, 1], torch.float32)
     expected = stored[:, 1].astype(np.float64) @ values.T
+    size = np.linalg.norm(stored[:, 1].astype(np.float64), axis=1)[:, None]
     assert found.shape == (rows, count)
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-5, atol=1e-5 * 34 * 10)
+    assert (np.abs(found.numpy() - expected) <= 1e-6 * size * np.linalg.norm(values, axis=1)).all()
+    assert sum(height for height, _, _ in multiplied) == rows
+    assert max(height for height, _, _ in multiplied) <= 7
+    assert {width for _, _, width in multiplied} <= {1, 16, 32}
 
 
 def test_digits_leave_what_float32_leaves() -> None:

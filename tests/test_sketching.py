@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import sdi
 from curate.errors import CurateError
 from curate.manifest import Manifest
+from curate.rank import rank
 from curate.rundir import RunDirectory
 from curate.scores import score_run
 from curate.shardplan import shard_rows, stored_kinds, tasks
@@ -151,6 +152,24 @@ def test_losses_of_some_rows_are_read_from_their_shards(
     read.clear()
     assert run.examples("train", ()).collect_schema() == whole.schema
     assert not read
+
+
+def test_ranked_rows_come_with_their_losses(run: RunDirectory) -> None:
+    """The best few are those of a ranking of all, whatever columns go by the losses."""
+    sketch(run)
+    score_run(run, "test")
+    middle = run.examples("train").select(pl.col("loss").median()).collect().item()
+    for by, where in (
+        ("total", None),
+        ("loss", None),
+        ("total - loss", None),
+        ("total", f"loss > {middle}"),
+        ("steps * total", "steps > 0"),
+    ):
+        best, every = (rank(run, by=by, where=where, top=top) for top in (3, None))
+        assert_frame_equal(best, every.head(3))
+        assert best.height == 3
+        assert best["loss"].null_count() == best["steps"].null_count() == 0
 
 
 def test_totals_alone_then_steps(run: RunDirectory) -> None:
