@@ -103,11 +103,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def process() -> int:
-    """`main` for a process that ends with it: what is left is not searched for cycles once more,
-    which takes a tenth of a second after the imports of a verb.
+    """`main` for a process that ends with it.
+
+    Python looks for cycles once more before it ends, which takes a tenth of a second after the
+    imports of `rank` or `sql`: not here. Libraries that come with torch look for leaks then, and
+    would call cycles that.
     """
     status = main()
-    gc.freeze()
+    if "torch" not in sys.modules:
+        gc.freeze()
     return status
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import subprocess
 import sys
 import tomllib
@@ -83,6 +84,24 @@ def test_importing_the_command_line_is_light() -> None:
     )
     assert done.stderr.strip() == "[]"
     assert "Usage: curate" in done.stdout
+
+
+@pytest.mark.parametrize("first", ["polars", "torch, curate.sketching"])
+def test_a_process_ends_quickly_and_in_silence(first: str) -> None:
+    """The last search for cycles is left out, but where libraries would call these leaks."""
+    triton = (
+        ", triton._C.libtriton" if "torch" in first and importlib.util.find_spec("triton") else ""
+    )
+    code = (
+        f"import atexit, gc, sys, {first}{triton}; from curate.cli import process; "
+        "atexit.register(lambda: print(gc.get_freeze_count() > 0)); "
+        "sys.argv = ['curate', '--version']; sys.exit(process())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[1:] == [str("torch" not in first)]
+    assert done.stderr == ""
 
 
 def test_every_package_is_listed() -> None:
