@@ -19,8 +19,9 @@ from curate.multiply import LARGEST, Operand, exact_integers
 Doubles = npt.NDArray[np.float64]
 SLACK = 32
 """How many more are asked of a band than twice those that the band before had to give."""
-TOGETHER = 6
-"""From so many queries on an integer product of a band is faster than as many FAISS scans."""
+TOGETHER, WIDENED = 6, 8
+"""From so many queries on a product of a band is faster than as many FAISS scans: in integers, or in
+float32 where the processor has none."""
 
 
 class Candidates:
@@ -62,13 +63,14 @@ class Descent:
         units = queries / np.where(self.norms > 0, self.norms, 1.0)[:, None]
         dim = queries.shape[1]
         self.candidates = [Candidates(k) for _ in queries]
-        self._together = len(queries) >= TOGETHER and exact_integers() and not bands.gpu
-        self._operand = Operand.of(units, torch.device("cpu")) if self._together else None
+        self._together = TOGETHER if exact_integers() else WIDENED
+        multiplies = len(queries) >= self._together and not bands.gpu
+        self._operand = Operand.of(units, torch.device("cpu")) if multiplies else None
         largest = np.abs(units).max(axis=1)
-        # FAISS may add up in float32. Digits add up exactly; they leave so much of a query's
-        # entries, and become float32 in fewer than eight roundings.
+        # FAISS and products in float32 round each sum. Digits add up exactly; they leave so much of
+        # a query's entries, and become float32 in fewer than eight roundings.
         digits = self._operand is not None and self._operand.scale is not None
-        times = 8 + largest * np.sqrt(dim) if digits else np.full(len(queries), float(dim))
+        times = 8 + largest * np.sqrt(dim) if digits else np.full(len(queries), dim + 2.0)
         self._scanned, self._multiplied = rounding(dim, dim), rounding(times, dim)
         self._sizes = np.where(largest > 0, largest, 1.0) / LARGEST
         self._whole = np.rint(units / self._sizes[:, None])
@@ -82,7 +84,7 @@ class Descent:
 
     def look(self, band: Band, active: Numbers) -> None:
         """Take what could enter from a band."""
-        if self._operand is None or len(active) < TOGETHER:
+        if self._operand is None or len(active) < self._together:
             for query in active:
                 self._scan(band, int(query))
         else:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from curate import bands, descent, index
+from curate import bands, descent, index, multiply
 from curate.blocks import Block
 from curate.errors import UsageError
 from curate.pooledvectors import PooledVectors
@@ -46,13 +46,17 @@ def test_index_is_exact(tmp_path: Path, tied: bool, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("queries", [3, 12])
+@pytest.mark.parametrize(("queries", "integers"), [(3, False), (12, False), (12, True)])
 def test_many_queries_at_once(
-    tmp_path: Path, tied: bool, queries: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tied: bool, queries: int, integers: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Scanned one by one or multiplied together, from small bands or with none: the same rows,
     which are brute force's; so too for opposite vectors, zero, and more rows than there are.
     """
+    if integers and not multiply.exact_integers():
+        pytest.skip("this processor has no fast exact int8 products")
+    for module in (multiply, descent):
+        monkeypatch.setattr(module, "exact_integers", lambda: integers)
     monkeypatch.setattr(bands, "BAND_BYTES", 40 * 64 * 4)
     monkeypatch.setattr(descent, "SLACK", 0)  # so that a scan has to ask for more
     made = make(tmp_path / "run", rows=90, tied=tied)

@@ -38,9 +38,9 @@ class Side:
     """One way to do the job: its worker, its library, batch sizes to try, numbers of rows.
 
     `tried`: rows on which the batch sizes are tried, at one checkpoint. `good`: the smallest size
-    is taken whose rows a second are this share of the most. `buffered`: rows that are held before
-    anything is written; memory grows up to there, so that runs on fewer rows alone say nothing
-    about more.
+    is taken whose rows a second are this share of the most. `telling`: runs on no more rows than
+    that tell nothing of the memory that others take: ours holds so many before it writes, and the
+    published package's grows faster than what it keeps while longer rows come in.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Side:
     rows: tuple[int, ...]
     tried: int
     good: float = 1.0
-    buffered: int = 0
+    telling: int = 1024
 
 
 def sides(ours: Sequence[int], published: Sequence[int]) -> tuple[Side, Side]:
@@ -60,7 +60,7 @@ def sides(ours: Sequence[int], published: Sequence[int]) -> tuple[Side, Side]:
     each row, so it is given its fastest.
     """
     return (
-        Side("ours", "job_ours.py", None, (2048, 4096, 8192), tuple(ours), 256, 0.9, 1024),
+        Side("ours", "job_ours.py", None, (2048, 4096, 8192), tuple(ours), 256, 0.9),
         Side("published", "job_published.py", PUBLISHED, (1, 2, 4, 8, 16), tuple(published), 32),
     )
 
@@ -80,7 +80,7 @@ def measure(
     for side in chosen:
         lines, units = found[side.name], sum(whole.values())
         lines["seconds"] = extrapolated(lines["runs"], "seconds", units)
-        telling = lines["runs"] if max(side.rows) > side.buffered else []
+        telling = lines["runs"] if max(side.rows) > side.telling else []
         lines["peak_anonymous"] = extrapolated(telling, "peak_anonymous", units)
     return {"job": found, "whole": whole, "agreement": agreement(found)}
 
