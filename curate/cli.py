@@ -106,8 +106,8 @@ def process() -> int:
     """`main` for a process that ends with it.
 
     Python looks for cycles once more before it ends, which takes a tenth of a second after the
-    imports of `rank` or `sql`: not here. Libraries that come with torch look for leaks then, and
-    would call cycles that.
+    imports of `rank` or `sql`: not here, but where torch is. Libraries that come with it look for
+    leaks then, and would report what is in cycles.
     """
     status = main()
     if "torch" not in sys.modules:

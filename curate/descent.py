@@ -20,8 +20,8 @@ Doubles = npt.NDArray[np.float64]
 SLACK = 32
 """How many more are asked of a band than twice those that the band before had to give."""
 TOGETHER, WIDENED = 6, 8
-"""From so many queries on a product of a band is faster than as many FAISS scans: in integers, or in
-float32 where the processor has none."""
+"""From so many queries on a product of a band is faster than as many FAISS scans, in integers or,
+where the processor has no fast ones, in float32."""
 
 
 class Candidates:
@@ -63,8 +63,11 @@ class Descent:
         units = queries / np.where(self.norms > 0, self.norms, 1.0)[:, None]
         dim = queries.shape[1]
         self.candidates = [Candidates(k) for _ in queries]
-        self._together = TOGETHER if exact_integers() else WIDENED
-        multiplies = len(queries) >= self._together and not bands.gpu
+        integers = exact_integers()
+        self._together = TOGETHER if integers else WIDENED
+        # A program may have allowed torch to multiply float32 in fewer digits.
+        holds = integers or torch.get_float32_matmul_precision() == "highest"
+        multiplies = len(queries) >= self._together and holds and not bands.gpu
         self._operand = Operand.of(units, torch.device("cpu")) if multiplies else None
         largest = np.abs(units).max(axis=1)
         # FAISS and products in float32 round each sum. Digits add up exactly; they leave so much of

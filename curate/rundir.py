@@ -247,7 +247,7 @@ class RunDirectory:
         """A set's table in row order, with the columns of its side tables.
 
         Once it was sketched: `loss`, at the last checkpoint that has it, and `steps`, its depth.
-        Where both are wanted of some `rows` only, they may be NULL in the others, which is quicker.
+        With `rows` both may be NULL in other rows, all of which are there; that is quicker.
         """
         return self._store.table(set_name, rows)
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from curate import bands, descent, index, multiply
 from curate.blocks import Block
@@ -57,6 +58,10 @@ def test_many_queries_at_once(
         pytest.skip("this processor has no fast exact int8 products")
     for module in (multiply, descent):
         monkeypatch.setattr(module, "exact_integers", lambda: integers)
+    multiplied, look = [], descent.Descent._multiply
+    monkeypatch.setattr(
+        descent.Descent, "_multiply", lambda *given: (multiplied.append(given), look(*given))
+    )
     monkeypatch.setattr(bands, "BAND_BYTES", 40 * 64 * 4)
     monkeypatch.setattr(descent, "SLACK", 0)  # so that a scan has to ask for more
     made = make(tmp_path / "run", rows=90, tied=tied)
@@ -78,12 +83,27 @@ def test_many_queries_at_once(
             order = np.argsort(-own, axis=None, kind="stable")[:there]
             assert found.numbers.tolist() == same.numbers.tolist() == order.tolist()
             np.testing.assert_allclose(found.scores, own.ravel()[order], rtol=1e-4, atol=1e-7)
+    assert bool(multiplied) == (queries == 12)
     assert len(searcher.search(np.zeros((1, 64)), 5)[0].numbers) == 5
     whole, plain = (
         index.Searcher(made.run, use_index=use).search(vectors, 9) for use in (True, False)
     )
     for one, other in zip(whole, plain, strict=True):  # of an untied model, every step
         assert one.numbers.tolist() == other.numbers.tolist()
+
+
+def test_products_that_torch_may_round_are_left_to_faiss(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a program lets torch multiply float32 in fewer digits, the bounds would not hold."""
+    made = make(tmp_path / "run", rows=90)
+    index.build_index(made.run)
+    for module in (multiply, descent):
+        monkeypatch.setattr(module, "exact_integers", lambda: False)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
+    monkeypatch.setattr(descent.Descent, "_multiply", None)
+    found = index.Searcher(made.run).search(pooled(made, "test")[:, 0].repeat(2, axis=0), 3)
+    assert all(len(own.numbers) == 3 for own in found)
 
 
 def test_norms_are_bounds(tmp_path: Path) -> None:
@@ -99,10 +119,17 @@ def test_norms_are_bounds(tmp_path: Path) -> None:
 
 
 def hidden_by(rounded: str) -> tuple[np.ndarray, np.ndarray]:
-    """Query (1, 64) and vectors (1000, 64) whose rounded products nearly tie: which is the best
-    shows only in what rounding leaves, of the query or of the vectors.
+    """Query (1, M) and vectors (1000, M) whose rounded products nearly tie: which is the best
+    shows only in what rounding leaves, of the query, of the vectors, or of sums in float32.
     """
     random = np.random.default_rng(0)
+    if rounded == "sums":  # codes swapped between entries of the query that float32 holds as equal
+        query = np.repeat(random.normal(size=128) * 30, 2) * (1 + 1e-9 * random.normal(size=256))
+        codes = np.rint(random.normal(size=(128, 2)) * 30)
+        codes[0] = 127, 0
+        swapped = random.random(size=(1000, 128, 1)) < 0.5
+        vectors = np.where(swapped, codes[:, ::-1], codes).reshape(1000, 256)
+        return query[None], vectors.astype(np.float32)
     share = random.permutation(np.linspace(-1, 1, 1000))[:, None]
     query = random.normal(size=64) * 30
     query[0], query[1] = 0, 127
@@ -119,21 +146,24 @@ def hidden_by(rounded: str) -> tuple[np.ndarray, np.ndarray]:
     return query[None], vectors.astype(np.float32)
 
 
-@pytest.mark.parametrize("rounded", ["query", "vectors"])
-def test_bounds_hold_what_rounding_hides(tmp_path: Path, rounded: str) -> None:
-    """FAISS sees whole numbers only; candidates hold the best by what it does not see."""
+@pytest.mark.parametrize("rounded", ["query", "vectors", "sums"])
+@pytest.mark.parametrize("queries", [1, 12])
+def test_bounds_hold_what_rounding_hides(tmp_path: Path, rounded: str, queries: int) -> None:
+    """FAISS sees whole numbers only, and sums in float32 are rounded; candidates hold the best by
+    what they do not see.
+    """
     query, vectors = hidden_by(rounded)
     norms = np.linalg.norm(vectors, axis=1)
     order = np.argsort(-norms, kind="stable")
     entries = bands.write_bands(tmp_path, [order], norms, lambda numbers: vectors[numbers])
     kept = bands.Bands(tmp_path, entries)
-    search = descent.Descent(kept, query, 1)
+    search = descent.Descent(kept, query.repeat(queries, axis=0), 1)
     for band in kept.bands:
-        search.look(band, np.arange(1))
+        search.look(band, np.arange(queries))
     products = vectors.astype(np.float64) @ query[0]
     seen, _ = kept.nearest(kept.bands[0], np.rint(query[0]).astype(np.float32), 1000)
     assert np.ptp(seen) < np.ptp(products)
-    assert products.argmax() in search.candidates[0].numbers
+    assert all(products.argmax() in own.numbers for own in search.candidates)
 
 
 def test_totals_answer_with_influence(tmp_path: Path) -> None:

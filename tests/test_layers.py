@@ -87,7 +87,7 @@ def test_importing_the_command_line_is_light() -> None:
 
 
 @pytest.mark.parametrize("first", ["polars", "torch, curate.sketching"])
-def test_a_process_ends_quickly_and_in_silence(first: str) -> None:
+def test_a_process_ends_without_a_search_and_in_silence(first: str) -> None:
     """The last search for cycles is left out, but where libraries would call these leaks."""
     triton = (
         ", triton._C.libtriton" if "torch" in first and importlib.util.find_spec("triton") else ""

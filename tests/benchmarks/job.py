@@ -38,9 +38,9 @@ class Side:
     """One way to do the job: its worker, its library, batch sizes to try, numbers of rows.
 
     `tried`: rows on which the batch sizes are tried, at one checkpoint. `good`: the smallest size
-    is taken whose rows a second are this share of the most. `telling`: runs on no more rows than
-    that tell nothing of the memory that others take: ours holds so many before it writes, and the
-    published package's grows faster than what it keeps while longer rows come in.
+    is taken whose rows a second are this share of the most. `telling`: without a run on more rows
+    than that no line is drawn for memory: ours holds so many before it writes, and the published
+    package's grows faster than what it keeps while longer rows come in.
     """
 
     name: str

@@ -47,6 +47,9 @@ queries; wall clock of the whole process. Only the runs shown were run: *extrapo
 line through them, in rows and queries together. The published package is given its rows sorted by
 length.
 """
+MEMORY_NOTE = """\
+Memory of a side that ran on 1,024 rows at most is not extrapolated, nor held against the demand.
+"""
 SIZES_NOTE = """\
 Of the batches tried (padded tokens; rows) ours is the smallest that gives nine tenths of the most
 rows a second, the other's the fastest.
@@ -72,6 +75,8 @@ def page(found: Found, plot: str | None) -> str:
     if found.get("job"):
         whole = found["job"]["whole"]
         text += JOB_NOTE.format(whole=whole["rows"], queries=whole["queries"])
+        peaks = [side["peak_anonymous"]["whole"] for side in found["job"]["job"].values()]
+        text += MEMORY_NOTE if None in peaks else ""
         text += SIZES_NOTE if all(side["tried"] for side in found["job"]["job"].values()) else ""
         text += "\n" + _markdown(JOB_HEAD, _job_lines(found["job"])) + _agreement(found["job"])
     demands = _demands(found)
