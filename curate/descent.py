@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 
 from curate.bands import Band, Bands, Numbers, rounding
-from curate.multiply import LARGEST, Operand, exact_integers
+from curate.multiply import LARGEST, Operand, in_digits
 
 Doubles = npt.NDArray[np.float64]
 SLACK = 32
@@ -63,16 +63,16 @@ class Descent:
         units = queries / np.where(self.norms > 0, self.norms, 1.0)[:, None]
         dim = queries.shape[1]
         self.candidates = [Candidates(k) for _ in queries]
-        integers = exact_integers()
-        self._together = TOGETHER if integers else WIDENED
-        # A program may have allowed torch to multiply float32 in fewer digits.
-        holds = integers or torch.get_float32_matmul_precision() == "highest"
+        device = torch.device("cpu")
+        digits = in_digits(device, dim)
+        self._together = TOGETHER if digits else WIDENED
+        # A program may have allowed torch to round the operands of float32 products.
+        holds = digits or torch.get_float32_matmul_precision() == "highest"
         multiplies = len(queries) >= self._together and holds and not bands.gpu
-        self._operand = Operand.of(units, torch.device("cpu")) if multiplies else None
+        self._operand = Operand.of(units, device) if multiplies else None
         largest = np.abs(units).max(axis=1)
         # FAISS and products in float32 round each sum. Digits add up exactly; they leave so much of
         # a query's entries, and become float32 in fewer than eight roundings.
-        digits = self._operand is not None and self._operand.scale is not None
         times = 8 + largest * np.sqrt(dim) if digits else np.full(len(queries), dim + 2.0)
         self._scanned, self._multiplied = rounding(dim, dim), rounding(times, dim)
         self._sizes = np.where(largest > 0, largest, 1.0) / LARGEST

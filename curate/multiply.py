@@ -61,7 +61,7 @@ class Operand:
     @classmethod
     def of(cls, values: npt.NDArray[np.floating], device: torch.device) -> Operand:
         """Lay out `values` (V, M)."""
-        if device.type != "cpu" or not exact_integers() or values.shape[1] > _DEEPEST:
+        if not in_digits(device, values.shape[1]):
             single = torch.from_numpy(np.ascontiguousarray(values.T, dtype=np.float32))
             return cls(_filled(single.to(device)), len(values), None)
         digits, scale = digits_of(values)
@@ -138,6 +138,11 @@ def as_tensor(rows: npt.NDArray[np.int8]) -> Tensor:
         return from_dlpack(rows)
     except (BufferError, RuntimeError, TypeError):  # NumPy before 2.1 exports no such array
         return torch.from_numpy(np.array(rows))
+
+
+def in_digits(device: torch.device, dim: int) -> bool:
+    """Whether vectors of M = `dim` are written in digits there, whose products are exact."""
+    return device.type == "cpu" and exact_integers() and dim <= _DEEPEST
 
 
 @lru_cache

@@ -153,7 +153,8 @@ def from_examples(
     these may mean columns that they do not name, or where it raises UsageError, whose message says
     which columns there are.
     """
-    whole = _joined(_tables(run, query)).sort("row")
+    train = run.influence_entry(query).train_set
+    whole = _joined((run.influence(query), run.examples(train))).sort("row")
     if not any(_EXPANDS.search(text) for text in (by, where or "")):
         wanted = {*_named(whole, by, where), *needed}
         with suppress(UsageError):
@@ -161,13 +162,10 @@ def from_examples(
     return work(whole.collect())
 
 
-def _tables(run: RunDirectory, query: str) -> Tables:
-    """The influence of the rows on a query, and the rows, unread but for their losses."""
-    return run.influence(query), run.examples(run.influence_entry(query).train_set)
-
-
 def _joined(tables: Tables, rows: list[int] | None = None) -> pl.LazyFrame:
-    """Both, unread and in the order of the rows' table; of some rows on request."""
+    """Both the influence and the rows, unread but for losses and in the order of the rows' table;
+    of some rows on request.
+    """
     influence, examples = tables
     known = set(influence.collect_schema().names()) - {"row"}
     ours = [name for name in examples.collect_schema().names() if name not in known]

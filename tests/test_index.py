@@ -56,8 +56,7 @@ def test_many_queries_at_once(
     """
     if integers and not multiply.exact_integers():
         pytest.skip("this processor has no fast exact int8 products")
-    for module in (multiply, descent):
-        monkeypatch.setattr(module, "exact_integers", lambda: integers)
+    monkeypatch.setattr(multiply, "exact_integers", lambda: integers)
     multiplied, look = [], descent.Descent._multiply
     monkeypatch.setattr(
         descent.Descent, "_multiply", lambda *given: (multiplied.append(given), look(*given))
@@ -98,8 +97,7 @@ def test_products_that_torch_may_round_are_left_to_faiss(
     """Where a program lets torch multiply float32 in fewer digits, the bounds would not hold."""
     made = make(tmp_path / "run", rows=90)
     index.build_index(made.run)
-    for module in (multiply, descent):
-        monkeypatch.setattr(module, "exact_integers", lambda: False)
+    monkeypatch.setattr(multiply, "exact_integers", lambda: False)
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
     monkeypatch.setattr(descent.Descent, "_multiply", None)
     found = index.Searcher(made.run).search(pooled(made, "test")[:, 0].repeat(2, axis=0), 3)

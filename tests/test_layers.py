@@ -89,11 +89,10 @@ def test_importing_the_command_line_is_light() -> None:
 @pytest.mark.parametrize("first", ["polars", "torch, curate.sketching"])
 def test_a_process_ends_without_a_search_and_in_silence(first: str) -> None:
     """The last search for cycles is left out, but where libraries would call these leaks."""
-    triton = (
-        ", triton._C.libtriton" if "torch" in first and importlib.util.find_spec("triton") else ""
-    )
+    if "torch" in first and importlib.util.find_spec("triton"):
+        first += ", triton._C.libtriton"  # which torch imports where it compiles
     code = (
-        f"import atexit, gc, sys, {first}{triton}; from curate.cli import process; "
+        f"import atexit, gc, sys, {first}; from curate.cli import process; "
         "atexit.register(lambda: print(gc.get_freeze_count() > 0)); "
         "sys.argv = ['curate', '--version']; sys.exit(process())"
     )

@@ -31,6 +31,9 @@ CHECKPOINTS = 3
 QUERIES = 20
 LONG = 1000
 """From so many rows on a job runs once, for its length."""
+TELLING = 1024
+"""Without a run on more rows no line is drawn for memory: ours holds so many before it writes, and
+the published package's grows faster than what it keeps while longer rows come in."""
 
 
 @dataclass(frozen=True)
@@ -38,9 +41,7 @@ class Side:
     """One way to do the job: its worker, its library, batch sizes to try, numbers of rows.
 
     `tried`: rows on which the batch sizes are tried, at one checkpoint. `good`: the smallest size
-    is taken whose rows a second are this share of the most. `telling`: without a run on more rows
-    than that no line is drawn for memory: ours holds so many before it writes, and the published
-    package's grows faster than what it keeps while longer rows come in.
+    is taken whose rows a second are this share of the most.
     """
 
     name: str
@@ -50,7 +51,6 @@ class Side:
     rows: tuple[int, ...]
     tried: int
     good: float = 1.0
-    telling: int = 1024
 
 
 def sides(ours: Sequence[int], published: Sequence[int]) -> tuple[Side, Side]:
@@ -80,7 +80,7 @@ def measure(
     for side in chosen:
         lines, units = found[side.name], sum(whole.values())
         lines["seconds"] = extrapolated(lines["runs"], "seconds", units)
-        telling = lines["runs"] if max(side.rows) > side.telling else []
+        telling = lines["runs"] if max(side.rows) > TELLING else []
         lines["peak_anonymous"] = extrapolated(telling, "peak_anonymous", units)
     return {"job": found, "whole": whole, "agreement": agreement(found)}
 

@@ -73,11 +73,11 @@ def page(found: Found, plot: str | None) -> str:
     text += f"![seconds a row over those of a training step]({plot})\n\n" if plot else ""
     text += _markdown(HEAD, _lines(found)) + _when(found["cases"])
     if found.get("job"):
-        whole = found["job"]["whole"]
+        whole, sides = found["job"]["whole"], found["job"]["job"].values()
         text += JOB_NOTE.format(whole=whole["rows"], queries=whole["queries"])
-        peaks = [side["peak_anonymous"]["whole"] for side in found["job"]["job"].values()]
+        peaks = [side["peak_anonymous"]["whole"] for side in sides]
         text += MEMORY_NOTE if None in peaks else ""
-        text += SIZES_NOTE if all(side["tried"] for side in found["job"]["job"].values()) else ""
+        text += SIZES_NOTE if all(side["tried"] for side in sides) else ""
         text += "\n" + _markdown(JOB_HEAD, _job_lines(found["job"])) + _agreement(found["job"])
     demands = _demands(found)
     return text + ("\n## Demanded\n\n" + _markdown(DEMAND_HEAD, demands) if demands else "")
