@@ -21,6 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+FEW = 1 << 16
+"""Numbers that one thread takes sooner than others are called."""
+
 _called: Any = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
@@ -43,6 +46,11 @@ def run(kernel: Any, job: Sequence[int], threads: int) -> None:
 def size() -> int:
     """How many threads a kernel may run on: as many as torch's own loops, or one."""
     return torch.get_num_threads() if _parallel() is not None else 1
+
+
+def threads(numbers: int) -> int:
+    """How many threads for a kernel that reads so many numbers once."""
+    return 1 if numbers < FEW else size()
 
 
 def in_memory(tensor: Tensor) -> Tensor:

@@ -74,6 +74,52 @@ def test_shifted_add_without_numba(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.testing.assert_close(there, missing, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kinds", ["whole", "half", "mixed", "float16", "float64"])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 16, 16), (3, 33, 300), (2, 100, 130)])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_halves(
+    compiled: bool, shape: tuple[int, int, int], kinds: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The factors of a product in bfloat16 are what torch rounds them to, and so is the noise."""
+    if compiled:
+        pytest.importorskip("numba")
+    else:
+        monkeypatch.setattr(kernels.team, "kernels", lambda _: None)
+    types = {"whole": torch.float32, "half": torch.bfloat16, "mixed": torch.bfloat16}
+    left_type = types.get(kinds) or getattr(torch, kinds)
+    right_type = torch.float32 if kinds == "mixed" else left_type
+    torch.manual_seed(0)
+    left = torch.randn(*shape).to(left_type)
+    wide = torch.randn(shape[0], shape[1], shape[2] + 5).to(right_type)
+    for right in (wide[..., :-5], wide.mT.contiguous().mT, torch._neg_view(wide)):
+        noise = torch.ones(shape[0])
+        narrow, turned = kernels.halves(left, right, noise)
+        assert narrow.dtype == turned.dtype == torch.bfloat16
+        assert torch.equal(narrow, left.bfloat16())
+        assert torch.equal(turned, right.bfloat16().mT)
+        lengths = left.double().square().sum(2) * right.double().square().sum(2)
+        torch.testing.assert_close(noise.double(), 1 + lengths.sum(1), rtol=5e-3, atol=0)
+        plain = kernels.halves(left, right, None)
+        assert all(map(torch.equal, plain, (narrow, turned)))
+
+
+def test_every_float32_is_rounded_as_by_torch() -> None:
+    """Of any bits: zeros with signs, subnormal and infinite numbers, ties; NaN stays NaN."""
+    pytest.importorskip("numba")
+    torch.manual_seed(0)
+    bits = torch.randint(-(2**31), 2**31, (2, 64, 192), dtype=torch.int64)
+    bits[0, :, ::3] &= 0xFFFF8000 - 2**32  # ties
+    special = torch.tensor([0, 1, 1 << 15, 0x7F7FFFFF, 0x7F800000, 0x7F800001, 0x7FFFFFFF])
+    bits[1, :, :7], bits[1, :, 7:14] = special, special - 2**31
+    numbers = bits.to(torch.int32).view(torch.float32)
+    narrow, turned = kernels.halves(numbers, numbers, None)
+    expected = numbers.bfloat16()
+    for found in (narrow, turned.mT):
+        nan = expected.isnan()
+        assert torch.equal(found.isnan(), nan)
+        assert torch.equal(found[~nan].view(torch.int16), expected[~nan].view(torch.int16))
+
+
 def test_rounding_is_small_beside_the_sketch() -> None:
     """Rounded products move a sketch by 0.3 % of its norm, and estimates far less than 1/√M."""
     torch.manual_seed(0)

@@ -32,14 +32,14 @@ def _widen(_context: Any, value: Any) -> Any:
     return numba.float32(value), generate
 
 
-_widened: Any = intrinsic(_widen)  # numba fills in the context
+widened: Any = intrinsic(_widen)  # numba fills in the context
 
 
 # Slices, and a loop from 0: an index that might be negative keeps a loop from becoming vectors.
 @numba.njit(fastmath=True)
 def _add_run(target: Any, source: Any, row_sign: Any, sign: Any) -> None:
     for i in range(source.shape[0]):
-        target[i] += _widened(source[i]) * (row_sign[i] * sign)
+        target[i] += widened(source[i]) * (row_sign[i] * sign)
 
 
 @numba.njit

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
+import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from sdi import team
 from sdi.rules.use import Use, Weight
 
 
@@ -13,25 +17,54 @@ def layer_norm_rule(use: Use) -> bool:
     """`F.layer_norm(input, shape, weight, bias, eps)`."""
     shape, eps = use.argument(1, "normalized_shape"), use.argument(4, "eps", 1e-5)
     inputs = use.argument(0, "input")
-    return _norm(use, inputs, shape, F.layer_norm, {"eps": eps}, use.weight(3, "bias"))
+    return _norm(use, inputs, shape, F.layer_norm, eps, use.weight(3, "bias"))
 
 
 def rms_norm_rule(use: Use) -> bool:
     """`F.rms_norm(input, shape, weight, eps)`."""
     shape, eps = use.argument(1, "normalized_shape"), use.argument(3, "eps")
-    return _norm(use, use.argument(0, "input"), shape, F.rms_norm, {"eps": eps}, None)
+    return _norm(use, use.argument(0, "input"), shape, F.rms_norm, eps, None)
 
 
 def _norm(
-    use: Use, inputs: Any, shape: Any, normalise: Any, options: dict[str, Any], bias: Weight | None
+    use: Use, inputs: Any, shape: Any, normalise: Any, eps: float | None, bias: Weight | None
 ) -> bool:
     weight = use.weight(2, "weight")
     if not use.is_rowwise(inputs) or use.weight(0, "input") is not None:
         return False
+    found = _compiled(use, inputs, shape, eps, centred=normalise is F.layer_norm)
     delta = use.wide_delta
     if weight is not None:
-        hat = normalise(inputs.detach().to(delta.dtype), shape, **options)
-        weight.emit(use.sink, use.step, use.split_delta(delta * hat, len(shape)).sum(dim=1))
+        if found is None:
+            hat = normalise(inputs.detach().to(delta.dtype), shape, eps=eps)
+            gain = use.split_delta(delta * hat, len(shape)).sum(dim=1)
+        else:
+            gain = found[0]
+        weight.emit(use.sink, use.step, gain)
     if bias is not None:
-        bias.emit(use.sink, use.step, use.split_delta(delta, len(shape)).sum(dim=1))
+        summed = use.split_delta(delta, len(shape)).sum(dim=1) if found is None else found[1]
+        bias.emit(use.sink, use.step, summed)
     return True
+
+
+def _compiled(
+    use: Use, inputs: Tensor, shape: Any, eps: float | None, *, centred: bool
+) -> tuple[Tensor, Tensor] | None:
+    """Both gradients, (B, C) float32, by a compiled kernel; None where that cannot be had.
+
+    It reads δ and the inputs once, where torch writes as many float32 numbers three times.
+    """
+    alike = use.delta.dtype == inputs.dtype and use.delta.dtype in (torch.float32, torch.bfloat16)
+    if eps is None or len(shape) > 1 or not alike or use.delta.device.type != "cpu":
+        return None
+    kernels = team.kernels("norms")
+    if kernels is None:
+        return None
+    laid = use.split_delta(), use.split_delta(inputs.detach())
+    delta, inputs = (team.in_memory(tensor.contiguous()) for tensor in laid)
+    gain, bias = delta.new_zeros(2, len(delta), delta.shape[2], dtype=torch.float32)
+    bits = struct.unpack("q", struct.pack("d", eps))[0]
+    sizes = (*delta.shape, int(delta.dtype == torch.bfloat16), int(centred), bits)
+    addresses = (tensor.data_ptr() for tensor in (delta, inputs, gain, bias))
+    team.run(kernels.normed, (0, *sizes, *addresses), team.threads(delta.numel()))
+    return gain, bias

@@ -1,9 +1,14 @@
-"""Shifted adds: putting δᵀa into buckets, one contiguous signed add per column.
+"""The two ends of the dense product on a CPU: its factors in bfloat16, and the shifted adds.
+
+Shifted adds put δᵀa into buckets, one contiguous signed add per column.
 
 Column c of the product, (C, R) with rows contiguous, lands in the M buckets from h_in(c) + offset
 on, wrapping once. numba, where it is installed and the data is on the CPU, does just that, and
 reads products in bfloat16 as well as in float32; otherwise an `index_add_` over the bucket of every
 entry gives the same sums.
+
+Of factors in bfloat16 one is transposed: a library of matrix products copies what does not lie as
+it reads it, and for bfloat16 that copy takes as long as the product.
 """
 
 from __future__ import annotations
@@ -14,9 +19,6 @@ import torch
 from torch import Tensor
 
 from sdi import team
-
-FEW = 1 << 16
-"""Entries of a product that one thread adds sooner than others are called."""
 
 
 def shifted_add(
@@ -46,12 +48,54 @@ def shifted_add(
             assert tensor.shape == shape, (tensor.shape, shape)
         sizes = (examples, columns, count, out.shape[1], int(half))
         addresses = (tensor.data_ptr() for tensor in operands)
-        team.run(add, (0, *sizes, *addresses), 1 if product.numel() < FEW else team.size())
+        team.run(add, (0, *sizes, *addresses), team.threads(product.numel()))
         return
     rows = torch.arange(product.shape[2], device=product.device)
     index = ((starts[:, None] + rows) % out.shape[1]).reshape(-1)
     signed = product.float() * column_sign[:, None] * row_sign
     out.index_add_(1, index, signed.reshape(product.shape[0], -1))
+
+
+def halves(left: Tensor, right: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The factors of Σ_n left ⊗ right in bfloat16, as a product reads them fastest.
+
+    Args:
+        left: (B, n, R).
+        right: (B, n, C).
+        noise: (B,) float32, to which Σ_n ‖left_n‖²‖right_n‖² is added.
+
+    Returns:
+        left, and right as (B, C, n).
+    """
+    measured = noise is not None
+    narrow, of_left = _factor(left, measured=measured, turned=False)
+    turned, of_right = _factor(right, measured=measured, turned=True)
+    if noise is not None:
+        noise += (of_left * of_right).sum(dim=1)
+    return narrow, turned
+
+
+def _factor(factor: Tensor, *, measured: bool, turned: bool) -> tuple[Tensor, Tensor]:
+    """A factor (B, n, K) in bfloat16, transposed or not, and the squared lengths (B, n) where these
+    are asked for, else what is no matter.
+    """
+    is_half = factor.dtype == torch.bfloat16 and not measured
+    wide = factor if is_half else factor.float()
+    kernels = team.kernels("factors") if factor.device.type == "cpu" else None
+    if kernels is None or (is_half and not turned):
+        half = wide.to(torch.bfloat16)
+        return half.mT if turned else half, wide.square().sum(dim=2) if measured else half
+    wide = team.in_memory(wide if wide.stride(2) == 1 else wide.contiguous())
+    examples, tokens, columns = wide.shape
+    strips = -(-columns // kernels.STRIP) if turned else 1
+    squares = torch.zeros(examples, strips, tokens)
+    shape = (columns, tokens) if turned else (tokens, columns)
+    out = wide.new_empty(examples, *shape, dtype=torch.bfloat16)
+    sizes = (examples, tokens, columns, *wide.stride()[:2], int(not is_half))
+    addresses = (tensor.data_ptr() for tensor in (wide, out, squares))
+    kernel = kernels.transpose if turned else kernels.narrow
+    team.run(kernel, (0, *sizes, *addresses), team.threads(wide.numel()))
+    return out, squares.sum(dim=1)
 
 
 def has_numba() -> bool:

@@ -20,14 +20,16 @@ of times and cancel, it is too small.
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from sdi import team
 from sdi.sketch.costs import costs, multiplies_bfloat16
 from sdi.sketch.fused import fused
-from sdi.sketch.kernels import shifted_add
+from sdi.sketch.kernels import halves, shifted_add
 from sdi.sketch.plan import MatrixPlan
 
 Method = Literal["auto", "outer", "fourier"]
@@ -37,6 +39,9 @@ ROUNDED_FROM = 1 << 14
 """Entries of a matrix from which "auto" rounds: below, the product is not what costs."""
 ROUNDED_UP_TO = 1 << 13
 """M up to which "auto" rounds: beyond, it would be over a quarter of the sketch's own error."""
+PRODUCT = 1 << 24
+"""Bytes of δᵀa at a time, as far as every thread has an example's. From 32 MiB on, malloc takes
+memory anew from the system, and a product takes twice as long for its pages to be cleared."""
 ROUNDING = 2.3e-3
 """Relative error of a product of two rounded factors, root mean square: √2 times that of one."""
 
@@ -82,18 +87,25 @@ def add_outer(
         noise: (B,) float32, to which Σ_n ‖left_n‖²‖right_n‖² is added where factors are rounded.
     """
     dtype = torch.bfloat16 if half else torch.float32
-    rounding = half and not left.dtype == right.dtype == dtype
-    if rounding and noise is not None:
-        size = torch.linalg.vector_norm(_lengths(left) * _lengths(right), dim=1)
-        noise.addcmul_(size, size)
-    left, right = left.to(dtype), right.to(dtype)
+    exact = not half or left.dtype == right.dtype == dtype
+    noise = None if exact else noise
     if (kernels := fused(left.device)) is not None:
-        kernels.outer(plan, left, right, out, limit=limit)
+        if noise is not None:
+            size = torch.linalg.vector_norm(_lengths(left) * _lengths(right), dim=1)
+            noise.addcmul_(size, size)
+        kernels.outer(plan, left.to(dtype), right.to(dtype), out, limit=limit)
         return
-    chunk = max(1, limit // (dtype.itemsize * left.shape[2] * right.shape[2]))
-    for begin in range(0, left.shape[0], chunk):
-        part = slice(begin, begin + chunk)
-        add_dense_columns(plan, right[part].transpose(1, 2) @ left[part], out[part])
+    each = dtype.itemsize * left.shape[2] * right.shape[2]
+    most = max(1, min(limit, max(PRODUCT, each * team.size())) // each)
+    count = max(1, math.ceil(len(left) / most))
+    parts = [tensor.tensor_split(count) for tensor in (left, right, out)]
+    noises = [None] * count if noise is None else noise.tensor_split(count)
+    for one, other, sums, rough in zip(*parts, noises, strict=True):
+        if half:
+            one, turned = halves(one, other, rough)
+        else:
+            one, turned = one.float(), other.float().mT
+        add_dense_columns(plan, turned @ one, sums)
 
 
 def _lengths(factor: Tensor) -> Tensor:

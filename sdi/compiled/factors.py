@@ -1,0 +1,227 @@
+"""The factors of a product of bfloat16 matrices: rounded to bfloat16, one of them transposed.
+
+A library of matrix products copies what does not lie as it reads it, and for bfloat16 that copy
+takes as long as the product. Here it is one pass over memory with the rounding; what rounding may
+be off by is told by the squared lengths of the tokens, which the same pass adds up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+from sdi.compiled.turns import TURNS, carray, kernel, pointer, turn
+
+EXAMPLES, TOKENS, COLUMNS, EXAMPLE_STEP, TOKEN_STEP, WHOLE, FACTOR, OUT, SQUARES = range(1, 10)
+"""Places in a job: B, n, C, numbers between examples and between tokens, whether they are float32
+(else bfloat16), and addresses: of the factor, of the result, and of squared lengths (B, strips, n)
+of zeros, one for each strip of columns, to which those of float32 numbers are added."""
+_LENGTH = SQUARES + 1
+SIDE = 16
+"""Numbers of a vector; rows and columns that are transposed in registers."""
+STRIP = 128
+"""Columns a turn."""
+
+_words, _halves = pointer(types.uint32), pointer(types.uint16)
+_floats = pointer(types.float32)
+_half, _word, _number = ir.IntType(16), ir.IntType(32), ir.FloatType()
+
+
+def _vector(kind: Any) -> Any:
+    return ir.VectorType(kind, SIDE)
+
+
+def _read(builder: Any, place: Any, kind: Any) -> Any:
+    """The vector at an address."""
+    return builder.load(builder.inttoptr(place, _vector(kind).as_pointer()), align=2)
+
+
+def _write(builder: Any, place: Any, vector: Any) -> None:
+    builder.store(vector, builder.inttoptr(place, vector.type.as_pointer()), align=2)
+
+
+def _rounded(builder: Any, words: Any) -> Any:
+    """Of float32 numbers, as their bits, the nearest bfloat16; of two as near the even one."""
+
+    def each(value: int) -> Any:
+        return ir.Constant(words.type, [value] * SIDE)
+
+    odd = builder.and_(builder.lshr(words, each(16)), each(1))
+    near = builder.lshr(builder.add(builder.add(words, each(0x7FFF)), odd), each(16))
+    magnitude = builder.and_(words, each(0x7FFFFFFF))
+    is_nan = builder.icmp_unsigned(">", magnitude, each(0x7F800000))
+    return builder.trunc(builder.select(is_nan, each(0x7FC0), near), _vector(_half))
+
+
+def _turned(builder: Any, rows: list[Any]) -> list[Any]:
+    """`SIDE` vectors transposed: four times rows i and i + 8 are interleaved, which each time makes
+    the highest binary digit of a number's row the lowest of its column.
+    """
+    for _ in range(SIDE.bit_length() - 1):
+        pairs = zip(rows[: SIDE // 2], rows[SIDE // 2 :], strict=True)
+        rows = [_interleaved(builder, *pair, at) for pair in pairs for at in (0, SIDE // 2)]
+    return rows
+
+
+def _interleaved(builder: Any, one: Any, other: Any, first: int) -> Any:
+    """Half of two vectors' numbers by turns, from `first` on."""
+    order = [place for i in range(first, first + SIDE // 2) for place in (i, SIDE + i)]
+    return builder.shuffle_vector(one, other, ir.Constant(_vector(_word), order))
+
+
+def _squared(builder: Any, columns: list[Any]) -> Any:
+    """The sums of squares of vectors of bfloat16, in float32."""
+    total = ir.Constant(_vector(_number), [0.0] * SIDE)
+    for column in columns:
+        wide = builder.zext(column, _vector(_word))
+        bits = builder.shl(wide, ir.Constant(wide.type, [16] * SIDE))
+        number = builder.bitcast(bits, _vector(_number))
+        total = builder.fadd(total, builder.fmul(number, number))
+    return total
+
+
+def _square(kind: Any) -> Callable[..., Any]:
+    """Transpose `SIDE` rows of as many numbers: addresses of both sides, steps between rows in
+    bytes, and of float32 numbers the address of their tokens' squared lengths.
+    """
+
+    def build(_context: Any, *signature: Any) -> Any:
+        def generate(_context: Any, builder: Any, _signature: Any, given: Any) -> Any:
+            def at(base: Any, step: Any, number: int) -> Any:
+                return builder.add(base, builder.mul(step, ir.Constant(step.type, number)))
+
+            source, step, target, target_step, *squares = given
+            rows = [_read(builder, at(source, step, i), kind) for i in range(SIDE)]
+            if kind is _word:
+                rows = [_rounded(builder, row) for row in rows]
+            columns = _turned(builder, rows)
+            for i, column in enumerate(columns):
+                _write(builder, at(target, target_step, i), column)
+            for place in squares:
+                known = _read(builder, place, _number)
+                _write(builder, place, builder.fadd(known, _squared(builder, columns)))
+
+        return types.void(*signature), generate
+
+    return build
+
+
+_half_turn, _word_turn = _square(_half), _square(_word)
+
+
+def _half_square(context: Any, source: Any, step: Any, target: Any, target_step: Any) -> Any:
+    return _half_turn(context, source, step, target, target_step)
+
+
+def _word_square(
+    context: Any, source: Any, step: Any, target: Any, target_step: Any, squares: Any
+) -> Any:
+    return _word_turn(context, source, step, target, target_step, squares)
+
+
+def _round_vector(_context: Any, source: Any, target: Any) -> Any:
+    """Round `SIDE` numbers, from an address to another."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, given: Any) -> Any:
+        _write(builder, given[1], _rounded(builder, _read(builder, given[0], _word)))
+
+    return types.void(source, target), generate
+
+
+half_square: Any = intrinsic(_half_square)  # numba fills in the context
+word_square: Any = intrinsic(_word_square)
+round_vector: Any = intrinsic(_round_vector)
+
+
+@numba.njit
+def _near(word: Any) -> Any:
+    """`_rounded` of one number."""
+    if word & 0x7FFFFFFF > 0x7F800000:
+        return 0x7FC0
+    return (word + 0x7FFF + (word >> 16 & 1)) >> 16
+
+
+@numba.njit
+def _number_at(place: Any) -> Any:
+    return carray(_floats(place), (1,))[0]
+
+
+@numba.njit
+def _rounded_at(place: Any) -> Any:
+    return _near(np.int64(carray(_words(place), (1,))[0]))
+
+
+@numba.njit(fastmath=True)
+def _sum_of_squares(numbers: Any) -> Any:
+    total = np.float32(0)
+    for i in range(numbers.shape[0]):
+        total += numbers[i] * numbers[i]
+    return total
+
+
+@numba.njit
+def _strip(job: Any, example: int, strip: int, strips: int) -> None:
+    """Columns of a strip of an example, transposed."""
+    tokens, step, whole = job[TOKENS], job[TOKEN_STEP], job[WHOLE]
+    size = 4 if whole else 2
+    first = strip * STRIP
+    last = min(job[COLUMNS], first + STRIP)
+    factor = job[FACTOR] + size * example * job[EXAMPLE_STEP]
+    out = job[OUT] + 2 * tokens * job[COLUMNS] * example
+    squares = job[SQUARES] + 4 * tokens * (strips * example + strip)
+    whole_tokens, whole_last = tokens // SIDE * SIDE, last - (last - first) % SIDE
+    for token in range(0, whole_tokens, SIDE):
+        for column in range(first, whole_last, SIDE):
+            source = factor + size * (token * step + column)
+            target = out + 2 * (column * tokens + token)
+            if whole:
+                word_square(source, 4 * step, target, 2 * tokens, squares + 4 * token)
+            else:
+                half_square(source, 2 * step, target, 2 * tokens)
+    lengths = carray(_floats(squares), (tokens,))
+    for column in range(first, last):
+        row = carray(_halves(out + 2 * column * tokens), (tokens,))
+        for token in range(whole_tokens if column < whole_last else 0, tokens):
+            place = factor + size * (token * step + column)
+            if whole:
+                row[token] = _rounded_at(place)
+                lengths[token] += _number_at(place) ** 2
+            else:
+                row[token] = carray(_halves(place), (1,))[0]
+
+
+@kernel
+def transpose(address: Any) -> None:
+    """See `sdi.sketch.kernels.transposed`; a turn is a strip of an example."""
+    job = carray(address, (_LENGTH,), np.int64)
+    strips = (job[COLUMNS] + STRIP - 1) // STRIP
+    number = turn(address, TURNS)
+    while number < job[EXAMPLES] * strips:
+        _strip(job, number // strips, number % strips, strips)
+        number = turn(address, TURNS)
+
+
+@kernel
+def narrow(address: Any) -> None:
+    """See `sdi.sketch.kernels.narrowed`; of float32, one strip an example, a turn is an example."""
+    job = carray(address, (_LENGTH,), np.int64)
+    tokens, columns = job[TOKENS], job[COLUMNS]
+    example = turn(address, TURNS)
+    while example < job[EXAMPLES]:
+        squares = carray(_floats(job[SQUARES] + 4 * tokens * example), (tokens,))
+        for token in range(tokens):
+            row = job[FACTOR] + 4 * (example * job[EXAMPLE_STEP] + token * job[TOKEN_STEP])
+            target = job[OUT] + 2 * columns * (example * tokens + token)
+            for column in range(0, columns - SIDE + 1, SIDE):
+                round_vector(row + 4 * column, target + 2 * column)
+            out = carray(_halves(target), (columns,))
+            for column in range(columns // SIDE * SIDE, columns):
+                out[column] = _rounded_at(row + 4 * column)
+            squares[token] += _sum_of_squares(carray(_floats(row), (columns,)))
+        example = turn(address, TURNS)
