@@ -100,17 +100,17 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *deltas: Tensor) -> tuple[Tensor | None, ...]:
-        *tensors, logarithms, mask = ctx.saved_tensors
+        *tensors, logarithms, mask = ctx.saved_tensors  # may run a region again, to be seen
         tensors, kind, kernels = [*deltas, *tensors], tensors[0].dtype, TORCHS
-        if not (torch.is_grad_enabled() or is_transformed(deltas[0])):
-            tensors = [tensor.float() for tensor in tensors]
-            mask = mask if mask is None else mask.float()
-            kernels = _compiled(tensors[1], tensors[2]) or TORCHS
-        delta, query, key, value, output = tensors
-        found = kernels.backward(
-            delta, (query, key, value), (output, logarithms), ctx.options._replace(mask=mask)
-        )
-        return *(gradient.to(kind) for gradient in found), None
+        with torch._C.DisableTorchFunction():
+            if not (torch.is_grad_enabled() or is_transformed(deltas[0])):
+                tensors = [tensor.float() for tensor in tensors]
+                mask = mask if mask is None else mask.float()
+                kernels = _compiled(tensors[1], tensors[2]) or TORCHS
+            delta, query, key, value, output = tensors
+            options = ctx.options._replace(mask=mask)
+            found = kernels.backward(delta, (query, key, value), (output, logarithms), options)
+            return *(gradient.to(kind) for gradient in found), None
 
 
 def _compiled(query: Tensor, key: Tensor) -> Flash | None:

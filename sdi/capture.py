@@ -51,6 +51,7 @@ from sdi.sinks import Sink
 from sdi.steps import StepCounter, counting
 from sdi.torchcalls import (
     CONSTANTS,
+    FACTS,
     IN_PLACE,
     LENDING,
     autocast_of,
@@ -157,6 +158,8 @@ class _CaptureMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in FACTS:
+            return func(*args, **kwargs)
         if func is torch.autograd.backward:  # of a reentrant region: more may be nested in it
             with self:
                 return entered(func)(*args, **kwargs)

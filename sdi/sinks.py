@@ -33,8 +33,8 @@ class Sink(Protocol):
 
     def outer(
         self, name: str, step: int, left: Tensor, right: Tensor, part: int | None = None
-    ) -> None:
-        """Σ_n left (B, n, R) ⊗ right (B, n, C)."""
+    ) -> Tensor | None:
+        """Σ_n left (B, n, R) ⊗ right (B, n, C); returns Σ_n left, where that came by the way."""
 
     def rows(self, name: str, step: int, index: Tensor, right: Tensor) -> None:
         """Σ_n e_index (B, n) ⊗ right (B, n, C)."""
@@ -102,9 +102,9 @@ class SketchSink:
 
     def outer(
         self, name: str, step: int, left: Tensor, right: Tensor, part: int | None = None
-    ) -> None:
+    ) -> Tensor | None:
         """See `Sink.outer`."""
-        left = self._scaled(name, left)
+        given, left = left, self._scaled(name, left)
         plan = self._plans.get(name, left.device)
         if isinstance(plan, StackPlan) and part is not None:
             plan = plan.parts[part]
@@ -113,7 +113,7 @@ class SketchSink:
             if part is not None:
                 product = stacked(product, part, self._plans.shape(name))
             add_dense(plan, product, self._sum(step, left.device))
-            return
+            return None
         half = rounds(self._products, plan, left, right)
         method = self._method
         if method == "auto":
@@ -125,10 +125,11 @@ class SketchSink:
             if half and step not in self._noise:
                 self._noise[step] = total.new_zeros(self._batch)
             noise = self._noise.get(step)
-            add_outer(plan, left, right, total, self._limit, half=half, noise=noise)
-        else:
-            spectrum = self._spectrum(step, left.device)
-            add_fourier(plan, left.float(), right.float(), spectrum, self._limit)
+            summed = add_outer(plan, left, right, total, self._limit, half=half, noise=noise)
+            return summed if left is given else None
+        spectrum = self._spectrum(step, left.device)
+        add_fourier(plan, left.float(), right.float(), spectrum, self._limit)
+        return None
 
     def rows(self, name: str, step: int, index: Tensor, right: Tensor) -> None:
         """See `Sink.rows`."""

@@ -18,15 +18,18 @@ from numba.extending import intrinsic
 
 from sdi.compiled.turns import TURNS, carray, kernel, pointer, turn
 
-EXAMPLES, TOKENS, COLUMNS, EXAMPLE_STEP, TOKEN_STEP, WHOLE, FACTOR, OUT, SQUARES = range(1, 10)
+EXAMPLES, TOKENS, COLUMNS, EXAMPLE_STEP, TOKEN_STEP, WHOLE, FACTOR, OUT, SQUARES, SUMS = range(
+    1, 11
+)
 """Places in a job: B, n, C, numbers between examples and between tokens, whether they are float32
-(else bfloat16), and addresses: of the factor, of the result, and of squared lengths (B, strips, n)
-of zeros, one for each strip of columns, to which those of float32 numbers are added."""
-_LENGTH = SQUARES + 1
+(else bfloat16), and addresses: of the factor, of the result, and of (B, n) float32 zeros, to which
+the squared lengths of the tokens are added where numbers are float32; of `narrow` also of float32
+zeros (B, blocks, C), to which each block's tokens are added."""
+_LENGTH = SUMS + 1
 SIDE = 16
 """Numbers of a vector; rows and columns that are transposed in registers."""
-STRIP = 128
-"""Columns a turn."""
+BLOCK = 256
+"""Tokens a turn."""
 
 _words, _halves = pointer(types.uint32), pointer(types.uint16)
 _floats = pointer(types.float32)
@@ -158,26 +161,27 @@ def _rounded_at(place: Any) -> Any:
 
 
 @numba.njit(fastmath=True)
-def _sum_of_squares(numbers: Any) -> Any:
+def _sum(numbers: Any, sums: Any) -> Any:
+    """The sum of squares; the numbers are added to `sums`."""
     total = np.float32(0)
     for i in range(numbers.shape[0]):
         total += numbers[i] * numbers[i]
+        sums[i] += numbers[i]
     return total
 
 
 @numba.njit
-def _strip(job: Any, example: int, strip: int, strips: int) -> None:
-    """Columns of a strip of an example, transposed."""
-    tokens, step, whole = job[TOKENS], job[TOKEN_STEP], job[WHOLE]
+def _turn(job: Any, example: int, first: int) -> None:
+    """Tokens of an example from `first` on, transposed."""
+    tokens, columns, step, whole = job[TOKENS], job[COLUMNS], job[TOKEN_STEP], job[WHOLE]
     size = 4 if whole else 2
-    first = strip * STRIP
-    last = min(job[COLUMNS], first + STRIP)
+    last = min(tokens, first + BLOCK)
     factor = job[FACTOR] + size * example * job[EXAMPLE_STEP]
-    out = job[OUT] + 2 * tokens * job[COLUMNS] * example
-    squares = job[SQUARES] + 4 * tokens * (strips * example + strip)
-    whole_tokens, whole_last = tokens // SIDE * SIDE, last - (last - first) % SIDE
-    for token in range(0, whole_tokens, SIDE):
-        for column in range(first, whole_last, SIDE):
+    out = job[OUT] + 2 * tokens * columns * example
+    squares = job[SQUARES] + 4 * tokens * example
+    whole_last, whole_columns = last - (last - first) % SIDE, columns // SIDE * SIDE
+    for token in range(first, whole_last, SIDE):
+        for column in range(0, whole_columns, SIDE):
             source = factor + size * (token * step + column)
             target = out + 2 * (column * tokens + token)
             if whole:
@@ -185,37 +189,39 @@ def _strip(job: Any, example: int, strip: int, strips: int) -> None:
             else:
                 half_square(source, 2 * step, target, 2 * tokens)
     lengths = carray(_floats(squares), (tokens,))
-    for column in range(first, last):
-        row = carray(_halves(out + 2 * column * tokens), (tokens,))
-        for token in range(whole_tokens if column < whole_last else 0, tokens):
-            place = factor + size * (token * step + column)
+    for token in range(first, last):
+        for column in range(whole_columns if token < whole_last else 0, columns):
+            place, target = factor + size * (token * step + column), out + 2 * column * tokens
             if whole:
-                row[token] = _rounded_at(place)
+                carray(_halves(target), (tokens,))[token] = _rounded_at(place)
                 lengths[token] += _number_at(place) ** 2
             else:
-                row[token] = carray(_halves(place), (1,))[0]
+                carray(_halves(target), (tokens,))[token] = carray(_halves(place), (1,))[0]
 
 
 @kernel
 def transpose(address: Any) -> None:
-    """See `sdi.sketch.kernels.transposed`; a turn is a strip of an example."""
+    """See `sdi.sketch.kernels.halves`; a turn is a block of an example's tokens."""
     job = carray(address, (_LENGTH,), np.int64)
-    strips = (job[COLUMNS] + STRIP - 1) // STRIP
+    blocks = (job[TOKENS] + BLOCK - 1) // BLOCK
     number = turn(address, TURNS)
-    while number < job[EXAMPLES] * strips:
-        _strip(job, number // strips, number % strips, strips)
+    while number < job[EXAMPLES] * blocks:
+        _turn(job, number // blocks, number % blocks * BLOCK)
         number = turn(address, TURNS)
 
 
 @kernel
 def narrow(address: Any) -> None:
-    """See `sdi.sketch.kernels.narrowed`; of float32, one strip an example, a turn is an example."""
+    """See `sdi.sketch.kernels.halves`; of float32, a turn is a block of an example's tokens."""
     job = carray(address, (_LENGTH,), np.int64)
     tokens, columns = job[TOKENS], job[COLUMNS]
-    example = turn(address, TURNS)
-    while example < job[EXAMPLES]:
+    blocks = (tokens + BLOCK - 1) // BLOCK
+    number = turn(address, TURNS)
+    while number < job[EXAMPLES] * blocks:
+        example, first = number // blocks, number % blocks * BLOCK
         squares = carray(_floats(job[SQUARES] + 4 * tokens * example), (tokens,))
-        for token in range(tokens):
+        sums = carray(_floats(job[SUMS] + 4 * columns * number), (columns,))
+        for token in range(first, min(tokens, first + BLOCK)):
             row = job[FACTOR] + 4 * (example * job[EXAMPLE_STEP] + token * job[TOKEN_STEP])
             target = job[OUT] + 2 * columns * (example * tokens + token)
             for column in range(0, columns - SIDE + 1, SIDE):
@@ -223,5 +229,5 @@ def narrow(address: Any) -> None:
             out = carray(_halves(target), (columns,))
             for column in range(columns // SIDE * SIDE, columns):
                 out[column] = _rounded_at(row + 4 * column)
-            squares[token] += _sum_of_squares(carray(_floats(row), (columns,)))
-        example = turn(address, TURNS)
+            squares[token] += _sum(carray(_floats(row), (columns,)), sums)
+        number = turn(address, TURNS)

@@ -134,9 +134,9 @@ class Sketcher:
                 values[rough] = self._pass(batch, ids, "float32")[0][rough]
         for name, kinds in trace.served.items():
             self.served.setdefault(name, set()).update(kinds)
-        if not bool(torch.isfinite(values).all()):
-            rows = (~torch.isfinite(values).flatten(1).all(dim=1)).nonzero().flatten().tolist()
-            bad = [ids[i] for i in rows]
+        norms = values.norm(dim=2)
+        bad = [] if bool(norms.isfinite().all()) else _not_finite(values, ids)
+        if bad:
             raise LossError(
                 f"the gradients of {len(bad)} examples are not finite: {', '.join(bad[:5])}. Their "
                 f"losses are, so look for an overflow in the backward pass (bf16 instead of fp16), "
@@ -146,7 +146,7 @@ class Sketcher:
         part = Part(
             ids,
             values,
-            values.norm(dim=2),
+            norms,
             trace.labels,
             trace.losses,
             trace.detached,
@@ -165,6 +165,12 @@ class Sketcher:
         trace = capture(self.loop, batch, self.loss, sink, ids, check)
         device = next(self.loop.model.parameters()).device
         return sink.result(trace.steps, device), trace, sink
+
+
+def _not_finite(values: Tensor, ids: Sequence[str]) -> list[str]:
+    """Ids of the rows with a value that is not; a norm may overflow where no value does."""
+    rows = (~values.isfinite().flatten(1).all(dim=1)).nonzero().flatten().tolist()
+    return [ids[i] for i in rows]
 
 
 def _random_state(loop: Loop) -> Callable[[], None]:

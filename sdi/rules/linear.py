@@ -16,11 +16,11 @@ def linear_rule(use: Use) -> bool:
         return False
     if _broadcasts(use, bias):
         return False
-    delta = use.split_delta()
+    delta, summed = use.split_delta(), None
     if weight is not None:
-        weight.emit_outer(use.sink, use.step, delta, use.split(inputs))
+        summed = weight.emit_outer(use.sink, use.step, delta, use.split(inputs))
     if bias is not None:
-        bias.emit(use.sink, use.step, use.summed_delta())
+        bias.emit(use.sink, use.step, use.summed_delta() if summed is None else summed)
     return True
 
 

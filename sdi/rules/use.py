@@ -58,15 +58,20 @@ class Weight:
             if value is not None:
                 sink.dense(name, step, value)
 
-    def emit_outer(self, sink: Sink, step: int, left: Tensor, right: Tensor) -> None:
-        """Hand on Σ_n left (B, n, R) ⊗ right (B, n, C), the gradient of this 2-D operand."""
+    def emit_outer(self, sink: Sink, step: int, left: Tensor, right: Tensor) -> Tensor | None:
+        """Hand on Σ_n left (B, n, R) ⊗ right (B, n, C), the gradient of this 2-D operand.
+
+        Returns:
+            Σ_n left, (B, R), where the sink had it by the way.
+        """
         if self.name is None:
             wide = torch.promote_types(left.dtype, right.dtype)  # they differ under autocast
             self.emit(sink, step, left.to(wide).transpose(1, 2) @ right.to(wide))
         elif self.transposed:
             sink.outer(self.name, step, right, left, self.part)
         else:
-            sink.outer(self.name, step, left, right, self.part)
+            return sink.outer(self.name, step, left, right, self.part)
+        return None
 
 
 @dataclass

@@ -135,7 +135,7 @@ def _measured(device: torch.device) -> Costs:
     spectrum = torch.zeros(batch, dim // 2 + 1, dtype=torch.complex64, device=device)
 
     def rounded() -> None:
-        left, right = halves(factor, factor, None)
+        left, right, _ = halves(factor, factor, None)
         torch.bmm(right, left)
 
     def product(*, half: bool) -> float:

@@ -56,7 +56,9 @@ def shifted_add(
     out.index_add_(1, index, signed.reshape(product.shape[0], -1))
 
 
-def halves(left: Tensor, right: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor]:
+def halves(
+    left: Tensor, right: Tensor, noise: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The factors of Σ_n left ⊗ right in bfloat16, as a product reads them fastest.
 
     Args:
@@ -65,37 +67,42 @@ def halves(left: Tensor, right: Tensor, noise: Tensor | None) -> tuple[Tensor, T
         noise: (B,) float32, to which Σ_n ‖left_n‖²‖right_n‖² is added.
 
     Returns:
-        left, and right as (B, C, n).
+        left; right as (B, C, n); and Σ_n left, (B, R) float32, where that came by the way.
     """
     measured = noise is not None
-    narrow, of_left = _factor(left, measured=measured, turned=False)
-    turned, of_right = _factor(right, measured=measured, turned=True)
+    narrow, of_left, sums = _factor(left, measured=measured, turned=False)
+    turned, of_right, _ = _factor(right, measured=measured, turned=True)
     if noise is not None:
         noise += (of_left * of_right).sum(dim=1)
-    return narrow, turned
+    return narrow, turned, sums
 
 
-def _factor(factor: Tensor, *, measured: bool, turned: bool) -> tuple[Tensor, Tensor]:
-    """A factor (B, n, K) in bfloat16, transposed or not, and the squared lengths (B, n) where these
-    are asked for, else what is no matter.
+def _factor(
+    factor: Tensor, *, measured: bool, turned: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """A factor (B, n, K) in bfloat16, transposed or not; the squared lengths (B, n) where these are
+    asked for, else what is no matter; and perhaps the sums (B, K).
     """
     is_half = factor.dtype == torch.bfloat16 and not measured
     wide = factor if is_half else factor.float()
     kernels = team.kernels("factors") if factor.device.type == "cpu" else None
     if kernels is None or (is_half and not turned):
         half = wide.to(torch.bfloat16)
-        return half.mT if turned else half, wide.square().sum(dim=2) if measured else half
+        squares = wide.square().sum(dim=2) if measured else half
+        return half.mT if turned else half, squares, None
     wide = team.in_memory(wide if wide.stride(2) == 1 else wide.contiguous())
     examples, tokens, columns = wide.shape
-    strips = -(-columns // kernels.STRIP) if turned else 1
-    squares = torch.zeros(examples, strips, tokens)
+    squares = torch.zeros(examples, tokens)
+    sums = None if turned else torch.zeros(examples, -(-tokens // kernels.BLOCK), columns)
     shape = (columns, tokens) if turned else (tokens, columns)
     out = wide.new_empty(examples, *shape, dtype=torch.bfloat16)
     sizes = (examples, tokens, columns, *wide.stride()[:2], int(not is_half))
-    addresses = (tensor.data_ptr() for tensor in (wide, out, squares))
+    addresses = (
+        0 if tensor is None else tensor.data_ptr() for tensor in (wide, out, squares, sums)
+    )
     kernel = kernels.transpose if turned else kernels.narrow
     team.run(kernel, (0, *sizes, *addresses), team.threads(wide.numel()))
-    return out, squares.sum(dim=1)
+    return out, squares, None if sums is None else sums.sum(dim=1)
 
 
 def has_numba() -> bool:

@@ -74,7 +74,7 @@ def add_outer(
     *,
     half: bool = False,
     noise: Tensor | None = None,
-) -> None:
+) -> Tensor | None:
     """Add the sketch of Σ_n left ⊗ right into `out` by way of the dense product.
 
     Args:
@@ -85,6 +85,9 @@ def add_outer(
         limit: most bytes that the dense product of a chunk of examples may take.
         half: whether to multiply in bfloat16, else in float32.
         noise: (B,) float32, to which Σ_n ‖left_n‖²‖right_n‖² is added where factors are rounded.
+
+    Returns:
+        Σ_n left, (B, R) float32, where that came by the way.
     """
     dtype = torch.bfloat16 if half else torch.float32
     exact = not half or left.dtype == right.dtype == dtype
@@ -94,18 +97,22 @@ def add_outer(
             size = torch.linalg.vector_norm(_lengths(left) * _lengths(right), dim=1)
             noise.addcmul_(size, size)
         kernels.outer(plan, left.to(dtype), right.to(dtype), out, limit=limit)
-        return
+        return None
     each = dtype.itemsize * left.shape[2] * right.shape[2]
     most = max(1, min(limit, max(PRODUCT, each * team.size())) // each)
     count = max(1, math.ceil(len(left) / most))
     parts = [tensor.tensor_split(count) for tensor in (left, right, out)]
     noises = [None] * count if noise is None else noise.tensor_split(count)
-    for one, other, sums, rough in zip(*parts, noises, strict=True):
+    summed: list[Tensor | None] = []
+    for one, other, buckets, rough in zip(*parts, noises, strict=True):
         if half:
-            one, turned = halves(one, other, rough)
+            narrow, turned, sums = halves(one, other, rough)
         else:
-            one, turned = one.float(), other.float().mT
-        add_dense_columns(plan, turned @ one, sums)
+            narrow, turned, sums = one.float(), other.float().mT, None
+        add_dense_columns(plan, turned @ narrow, buckets)
+        summed.append(sums)
+    known = [sums for sums in summed if sums is not None]
+    return torch.cat(known) if len(known) == count else None
 
 
 def _lengths(factor: Tensor) -> Tensor:
