@@ -205,8 +205,7 @@ class _CaptureMode(TorchFunctionMode):
             output = func(*args, **kwargs)  # kept out of checkpointing, to be pulled back at once
         parameters = {name: p for w in parents for name, p in w.parameters.items()}
         for number, tensor in enumerate(leaves(output)):
-            known = self._weights.get(id(tensor))
-            if known is not None and known.name is not None:
+            if (known := self._weights.get(id(tensor))) and known.name is not None:
                 continue  # a cast that changes nothing returns the parameter itself
             if tensor.requires_grad:
                 weight = part_of_weight(func, args, kwargs, parents[0], tensor, number)
@@ -369,15 +368,13 @@ class _CaptureMode(TorchFunctionMode):
             raise refusals.used_outside(self._outside)
         if not losses.requires_grad:
             raise refusals.no_gradient(self._loop)
-        unseen = reachable(losses, self._names)
-        if unseen:
+        if unseen := reachable(losses, self._names):
             raise refusals.used_unseen(unseen)
 
     def refuse_after_backward(self) -> None:
         """Refuse uses in a recomputed region that were not seen: they left a gradient."""
         parameters = self._loop.parameters().items()
-        unseen = {name for name, p in parameters if p.grad is not None}
-        if unseen:
+        if unseen := {name for name, p in parameters if p.grad is not None}:
             raise refusals.used_unseen(unseen)
 
     def release(self) -> None:

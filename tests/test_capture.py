@@ -21,6 +21,14 @@ def _w(*shape: int) -> nn.Parameter:
 
 BODIES = {
     "linear": lambda: Custom(lambda m, x: torch.tanh(m.a(x)), a=nn.Linear(16, 16)),
+    "what it asks tensors": lambda: Custom(
+        lambda m, x: (
+            m.a(x.reshape(len(x), x.size(1), x.stride(1))) / m.a.weight.numel() ** 0.5
+            if m.a.weight.requires_grad and m.a.weight.dtype == x.dtype and x.is_contiguous()
+            else x
+        ),
+        a=nn.Linear(16, 16),
+    ),
     "linear called twice": lambda: Custom(
         lambda m, x: m.a(torch.tanh(m.a(x))), a=nn.Linear(16, 16)
     ),

@@ -16,7 +16,7 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
-from sdi.compiled.turns import TURNS, carray, kernel, pointer, turn
+from sdi.compiled.turns import LOOSE, TURNS, carray, kernel, pointer, turn
 
 EXAMPLES, TOKENS, COLUMNS, EXAMPLE_STEP, TOKEN_STEP, WHOLE, FACTOR, OUT, SQUARES, SUMS = range(
     1, 11
@@ -160,7 +160,7 @@ def _rounded_at(place: Any) -> Any:
     return _near(np.int64(carray(_words(place), (1,))[0]))
 
 
-@numba.njit(fastmath=True)
+@numba.njit(fastmath=LOOSE)
 def _sum(numbers: Any, sums: Any) -> Any:
     """The sum of squares; the numbers are added to `sums`."""
     total = np.float32(0)

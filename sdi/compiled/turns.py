@@ -24,6 +24,9 @@ from numba.extending import intrinsic
 TURNS = 0
 """The place of the turns in a job."""
 
+LOOSE = {"reassoc", "contract", "nsz"}
+"""What a compiler may do to sums, so that they become vectors; numbers that are none stay none."""
+
 carray: Any = numba.carray  # type: ignore[attr-defined]
 _SIGNATURE = types.void(types.CPointer(types.int64))  # type: ignore[no-untyped-call]
 

@@ -20,7 +20,7 @@ def linear_rule(use: Use) -> bool:
     if weight is not None:
         summed = weight.emit_outer(use.sink, use.step, delta, use.split(inputs))
     if bias is not None:
-        bias.emit(use.sink, use.step, use.summed_delta() if summed is None else summed)
+        bias.emit(use.sink, use.step, use.summed_delta(summed))
     return True
 
 

@@ -33,18 +33,22 @@ def _norm(
     if not use.is_rowwise(inputs) or use.weight(0, "input") is not None:
         return False
     found = _compiled(use, inputs, shape, eps, centred=normalise is F.layer_norm)
-    delta = use.wide_delta
+    gain, summed = found or _by_torch(use, inputs, shape, eps, normalise)
     if weight is not None:
-        if found is None:
-            hat = normalise(inputs.detach().to(delta.dtype), shape, eps=eps)
-            gain = use.split_delta(delta * hat, len(shape)).sum(dim=1)
-        else:
-            gain = found[0]
         weight.emit(use.sink, use.step, gain)
     if bias is not None:
-        summed = use.split_delta(delta, len(shape)).sum(dim=1) if found is None else found[1]
         bias.emit(use.sink, use.step, summed)
     return True
+
+
+def _by_torch(
+    use: Use, inputs: Tensor, shape: Any, eps: float | None, normalise: Any
+) -> tuple[Tensor, Tensor]:
+    """Both gradients, (B, *shape)."""
+    delta = use.wide_delta
+    hat = normalise(inputs.detach().to(delta.dtype), shape, eps=eps)
+    gain, summed = (use.split_delta(each, len(shape)) for each in (delta * hat, delta))
+    return gain.sum(dim=1), summed.sum(dim=1)
 
 
 def _compiled(
@@ -62,9 +66,11 @@ def _compiled(
         return None
     laid = use.split_delta(), use.split_delta(inputs.detach())
     delta, inputs = (team.in_memory(tensor.contiguous()) for tensor in laid)
-    gain, bias = delta.new_zeros(2, len(delta), delta.shape[2], dtype=torch.float32)
+    batch, tokens, width = delta.shape
+    blocks = -(-tokens // kernels.BLOCK)
+    gain, bias = delta.new_zeros(2, batch, blocks, width, dtype=torch.float32)
     bits = struct.unpack("q", struct.pack("d", eps))[0]
     sizes = (*delta.shape, int(delta.dtype == torch.bfloat16), int(centred), bits)
     addresses = (tensor.data_ptr() for tensor in (delta, inputs, gain, bias))
     team.run(kernels.normed, (0, *sizes, *addresses), team.threads(delta.numel()))
-    return gain, bias
+    return gain.sum(dim=1), bias.sum(dim=1)

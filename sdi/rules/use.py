@@ -132,8 +132,14 @@ class Use:
         """`delta`, in float32 where it is half: sums over tokens are, as autograd's own."""
         return self.delta.float() if self.delta.dtype in HALVES else self.delta
 
-    def summed_delta(self) -> Tensor:
-        """Σ_n δ_n, (B, R); of bfloat16 summed in float32 and rounded once, as by autograd."""
+    def summed_delta(self, known: Tensor | None = None) -> Tensor:
+        """Σ_n δ_n, (B, R); of bfloat16 summed in float32 and rounded once, as by autograd.
+
+        Args:
+            known: the sum in float32, where it came with a product.
+        """
+        if known is not None:
+            return known.to(self.delta.dtype) if self.delta.dtype == torch.bfloat16 else known
         whole = self.delta if self.delta.dtype == torch.bfloat16 else self.wide_delta
         return self.split_delta(whole).sum(dim=1)
 

@@ -39,7 +39,7 @@ class Costs:
 
     Attributes:
         product: a multiply-add of δᵀa in float32.
-        half_product: the same with bfloat16 factors.
+        half_product: the same with bfloat16 factors, on a CPU with their rounding.
         add: one entry of δᵀa into its bucket.
         transform: one of the M·log₂M steps of a token's two transforms, all that is done to its
             spectra included.

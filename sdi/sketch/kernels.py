@@ -7,12 +7,12 @@ on, wrapping once. numba, where it is installed and the data is on the CPU, does
 reads products in bfloat16 as well as in float32; otherwise an `index_add_` over the bucket of every
 entry gives the same sums.
 
-Of factors in bfloat16 one is transposed: a library of matrix products copies what does not lie as
-it reads it, and for bfloat16 that copy takes as long as the product.
+Factors are rounded, and one of them transposed, in one pass (`sdi.compiled.factors`).
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,10 +90,12 @@ def _factor(
         half = wide.to(torch.bfloat16)
         squares = wide.square().sum(dim=2) if measured else half
         return half.mT if turned else half, squares, None
-    wide = team.in_memory(wide if wide.stride(2) == 1 else wide.contiguous())
+    wide = team.in_memory(wide)
+    wide = wide if wide.stride(2) == 1 else wide.contiguous()
     examples, tokens, columns = wide.shape
-    squares = torch.zeros(examples, tokens)
-    sums = None if turned else torch.zeros(examples, -(-tokens // kernels.BLOCK), columns)
+    zeros = partial(wide.new_zeros, dtype=torch.float32)
+    squares = zeros((examples, tokens))
+    sums = None if turned else zeros((examples, -(-tokens // kernels.BLOCK), columns))
     shape = (columns, tokens) if turned else (tokens, columns)
     out = wide.new_empty(examples, *shape, dtype=torch.bfloat16)
     sizes = (examples, tokens, columns, *wide.stride()[:2], int(not is_half))

@@ -40,8 +40,8 @@ ROUNDED_FROM = 1 << 14
 ROUNDED_UP_TO = 1 << 13
 """M up to which "auto" rounds: beyond, it would be over a quarter of the sketch's own error."""
 PRODUCT = 1 << 24
-"""Bytes of δᵀa at a time, as far as every thread has an example's. From 32 MiB on, malloc takes
-memory anew from the system, and a product takes twice as long for its pages to be cleared."""
+"""Bytes of δᵀa at a time on a CPU, as far as every thread has an example's. From 32 MiB on, malloc
+takes memory anew from the system, and a product twice as long for its pages to be cleared."""
 ROUNDING = 2.3e-3
 """Relative error of a product of two rounded factors, root mean square: √2 times that of one."""
 
@@ -99,7 +99,8 @@ def add_outer(
         kernels.outer(plan, left.to(dtype), right.to(dtype), out, limit=limit)
         return None
     each = dtype.itemsize * left.shape[2] * right.shape[2]
-    most = max(1, min(limit, max(PRODUCT, each * team.size())) // each)
+    cached = max(PRODUCT, each * team.size()) if left.device.type == "cpu" else limit
+    most = max(1, min(limit, cached) // each)
     count = max(1, math.ceil(len(left) / most))
     parts = [tensor.tensor_split(count) for tensor in (left, right, out)]
     noises = [None] * count if noise is None else noise.tensor_split(count)
