@@ -58,6 +58,11 @@ def in_memory(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_neg() or tensor._is_zerotensor() else tensor
 
 
+def summed(blocks: Tensor) -> Tensor:
+    """Σ over axis 1, what each block of tokens came to; most rows are one block."""
+    return blocks[:, 0] if blocks.shape[1] == 1 else blocks.sum(dim=1)
+
+
 @cache
 def kernels(name: str) -> ModuleType | None:
     """A file of `sdi.compiled`, or None where numba is not installed.

@@ -104,7 +104,7 @@ def _factor(
     )
     kernel = kernels.transpose if turned else kernels.narrow
     team.run(kernel, (0, *sizes, *addresses), team.threads(wide.numel()))
-    return out, squares, None if sums is None else sums.sum(dim=1)
+    return out, squares, None if sums is None else team.summed(sums)
 
 
 def has_numba() -> bool:

@@ -113,7 +113,9 @@ def add_outer(
         add_dense_columns(plan, turned @ narrow, buckets)
         summed.append(sums)
     known = [sums for sums in summed if sums is not None]
-    return torch.cat(known) if len(known) == count else None
+    if len(known) < count:
+        return None
+    return known[0] if count == 1 else torch.cat(known)
 
 
 def _lengths(factor: Tensor) -> Tensor:
