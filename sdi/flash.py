@@ -5,7 +5,6 @@ Letters: B rows, H heads, T queries, N keys, D width of a head.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -114,10 +113,9 @@ def _run(
     output, logarithms = results
     every = [*operands, mask, output, logarithms[..., None], *more]
     laid = [None if tensor is None else _laid(tensor) for tensor in every]
-    bits = struct.unpack("q", struct.pack("d", scale))[0]
     threads = team.size()
     scratch = query.new_empty(threads, kernels.room(keys, width, backward=bool(more)))
-    sizes = rows, heads, queries, keys, width, int(options.causal), bits
+    sizes = rows, heads, queries, keys, width, int(options.causal), team.bits(scale)
     places = (number for tensor in laid for number in _place(tensor))
     kernel = kernels.backward if more else kernels.forward
     team.run(kernel, [0, 0, scratch.data_ptr(), *sizes, *places], threads)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import struct
 import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -51,6 +52,12 @@ def size() -> int:
 def threads(numbers: int) -> int:
     """How many threads for a kernel that reads so many numbers once."""
     return 1 if numbers < FEW else size()
+
+
+def bits(number: float) -> int:
+    """The float64 as a number of a job."""
+    found: int = struct.unpack("q", struct.pack("d", number))[0]
+    return found
 
 
 def in_memory(tensor: Tensor) -> Tensor:

@@ -12,8 +12,9 @@ from torch import Tensor
 LENDING = {"type_as", "to", "view_as", "reshape_as", "expand_as"}
 _GETTERS: Any = Tensor  # property objects, which the stubs declare as tensors
 FACTS = {
-    *(getattr(_GETTERS, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout")),
-    *(getattr(_GETTERS, name).__get__ for name in ("requires_grad", "is_leaf", "is_cuda")),
+    *(getattr(_GETTERS, name).__get__ for name in (
+        "shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "is_cuda",
+    )),
     Tensor.size, Tensor.dim, Tensor.stride, Tensor.numel, Tensor.nelement, Tensor.__len__,
     Tensor.data_ptr, Tensor.is_contiguous, Tensor.is_floating_point, Tensor.is_complex,
 }  # fmt: skip

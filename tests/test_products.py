@@ -146,6 +146,25 @@ def test_a_bias_is_scaled_by_its_own_rate() -> None:
         assert float((gap.norm(dim=2) / exact.norm(dim=2)).max()) < 1e-2
 
 
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_halves_whatever_the_default_type(default: torch.dtype) -> None:
+    """A kernel writes float32 by address; what torch makes by default may be shorter."""
+    torch.manual_seed(0)
+    left, right, noise = torch.randn(2, 300, 130), torch.randn(2, 300, 90), torch.zeros(2)
+    expected = kernels.halves(left, right, noise)
+    again = noise.clone().zero_()
+    torch.set_default_dtype(default)
+    try:
+        found = kernels.halves(left, right, again)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found[0], expected[0]) and torch.equal(found[1], expected[1])
+    assert torch.equal(noise, again)
+    assert (found[2] is None) is (expected[2] is None)
+    if found[2] is not None and expected[2] is not None:
+        assert found[2].dtype == torch.float32 and torch.equal(found[2], expected[2])
+
+
 def test_every_float32_is_rounded_as_by_torch() -> None:
     """Of any bits: zeros with signs, subnormal and infinite numbers, ties; NaN stays NaN."""
     pytest.importorskip("numba")

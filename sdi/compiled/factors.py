@@ -91,41 +91,30 @@ def _squared(builder: Any, columns: list[Any]) -> Any:
 
 def _square(kind: Any) -> Callable[..., Any]:
     """Transpose `SIDE` rows of as many numbers: addresses of both sides, steps between rows in
-    bytes, and of float32 numbers the address of their tokens' squared lengths.
+    bytes, and the address of their tokens' squared lengths, for float32 numbers.
     """
 
-    def build(_context: Any, *signature: Any) -> Any:
+    def build(
+        _context: Any, source: Any, step: Any, target: Any, target_step: Any, squares: Any
+    ) -> Any:
         def generate(_context: Any, builder: Any, _signature: Any, given: Any) -> Any:
             def at(base: Any, step: Any, number: int) -> Any:
                 return builder.add(base, builder.mul(step, ir.Constant(step.type, number)))
 
-            source, step, target, target_step, *squares = given
+            source, step, target, target_step, squares = given
             rows = [_read(builder, at(source, step, i), kind) for i in range(SIDE)]
             if kind is _word:
                 rows = [_rounded(builder, row) for row in rows]
             columns = _turned(builder, rows)
             for i, column in enumerate(columns):
                 _write(builder, at(target, target_step, i), column)
-            for place in squares:
-                known = _read(builder, place, _number)
-                _write(builder, place, builder.fadd(known, _squared(builder, columns)))
+            if kind is _word:
+                known = _read(builder, squares, _number)
+                _write(builder, squares, builder.fadd(known, _squared(builder, columns)))
 
-        return types.void(*signature), generate
+        return types.void(source, step, target, target_step, squares), generate
 
     return build
-
-
-_half_turn, _word_turn = _square(_half), _square(_word)
-
-
-def _half_square(context: Any, source: Any, step: Any, target: Any, target_step: Any) -> Any:
-    return _half_turn(context, source, step, target, target_step)
-
-
-def _word_square(
-    context: Any, source: Any, step: Any, target: Any, target_step: Any, squares: Any
-) -> Any:
-    return _word_turn(context, source, step, target, target_step, squares)
 
 
 def _round_vector(_context: Any, source: Any, target: Any) -> Any:
@@ -137,8 +126,8 @@ def _round_vector(_context: Any, source: Any, target: Any) -> Any:
     return types.void(source, target), generate
 
 
-half_square: Any = intrinsic(_half_square)  # numba fills in the context
-word_square: Any = intrinsic(_word_square)
+half_square: Any = intrinsic(_square(_half))  # numba fills in the context
+word_square: Any = intrinsic(_square(_word))
 round_vector: Any = intrinsic(_round_vector)
 
 
@@ -183,11 +172,11 @@ def _turn(job: Any, example: int, first: int) -> None:
     for token in range(first, whole_last, SIDE):
         for column in range(0, whole_columns, SIDE):
             source = factor + size * (token * step + column)
-            target = out + 2 * (column * tokens + token)
+            target, place = out + 2 * (column * tokens + token), squares + 4 * token
             if whole:
-                word_square(source, 4 * step, target, 2 * tokens, squares + 4 * token)
+                word_square(source, 4 * step, target, 2 * tokens, place)
             else:
-                half_square(source, 2 * step, target, 2 * tokens)
+                half_square(source, 2 * step, target, 2 * tokens, place)
     lengths = carray(_floats(squares), (tokens,))
     for token in range(first, last):
         for column in range(whole_columns if token < whole_last else 0, columns):

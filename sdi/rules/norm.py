@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from typing import Any
 
 import torch
@@ -33,22 +32,26 @@ def _norm(
     if not use.is_rowwise(inputs) or use.weight(0, "input") is not None:
         return False
     found = _compiled(use, inputs, shape, eps, centred=normalise is F.layer_norm)
-    gain, summed = found or _by_torch(use, inputs, shape, eps, normalise)
+    delta = use.wide_delta if found is None else use.delta
     if weight is not None:
+        gain = _gain(use, delta, inputs, shape, eps, normalise) if found is None else found[0]
         weight.emit(use.sink, use.step, gain)
     if bias is not None:
-        bias.emit(use.sink, use.step, summed)
+        bias.emit(use.sink, use.step, _summed(use, delta, shape) if found is None else found[1])
     return True
 
 
-def _by_torch(
-    use: Use, inputs: Tensor, shape: Any, eps: float | None, normalise: Any
-) -> tuple[Tensor, Tensor]:
-    """Both gradients, (B, *shape)."""
-    delta = use.wide_delta
+def _gain(
+    use: Use, delta: Tensor, inputs: Tensor, shape: Any, eps: float | None, normalise: Any
+) -> Tensor:
+    """(B, *shape) by torch."""
     hat = normalise(inputs.detach().to(delta.dtype), shape, eps=eps)
-    gain, summed = (use.split_delta(each, len(shape)) for each in (delta * hat, delta))
-    return gain.sum(dim=1), summed.sum(dim=1)
+    return _summed(use, delta * hat, shape)
+
+
+def _summed(use: Use, each: Tensor, shape: Any) -> Tensor:
+    """(B, *shape) of what every token has."""
+    return use.split_delta(each, len(shape)).sum(dim=1)
 
 
 def _compiled(
@@ -66,11 +69,11 @@ def _compiled(
         return None
     laid = use.split_delta(), use.split_delta(inputs.detach())
     delta, inputs = (team.in_memory(tensor.contiguous()) for tensor in laid)
+    assert delta.shape == inputs.shape, (delta.shape, inputs.shape)
     batch, tokens, width = delta.shape
     blocks = -(-tokens // kernels.BLOCK)
     gain, bias = delta.new_zeros(2, batch, blocks, width, dtype=torch.float32)
-    bits = struct.unpack("q", struct.pack("d", eps))[0]
-    sizes = (*delta.shape, int(delta.dtype == torch.bfloat16), int(centred), bits)
+    sizes = (*delta.shape, int(delta.dtype == torch.bfloat16), int(centred), team.bits(eps))
     addresses = (tensor.data_ptr() for tensor in (delta, inputs, gain, bias))
     team.run(kernels.normed, (0, *sizes, *addresses), team.threads(delta.numel()))
     return team.summed(gain), team.summed(bias)
