@@ -213,9 +213,25 @@ def _read_ahead(array: npt.NDArray[np.int8]) -> None:
         return
     descriptor = os.open(name, os.O_RDONLY)
     try:
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
+        if not _in_memory(descriptor, array.nbytes):
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
     finally:
         os.close(descriptor)
+
+
+def _in_memory(descriptor: int, size: int) -> bool:
+    """Whether the first, the middle and the last page of a file are; a question costs less than
+    the system's own search for pages that are not.
+    """
+    if not hasattr(os, "RWF_NOWAIT"):
+        return False
+    room = [bytearray(1)]
+    try:
+        return all(
+            os.preadv(descriptor, room, place, os.RWF_NOWAIT) for place in (0, size // 2, size - 1)
+        )
+    except OSError:  # it would have to wait, or cannot tell
+        return False
 
 
 def open_rows(

@@ -15,8 +15,9 @@ Letters: R rows, V vectors, M sketch dimension.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -41,8 +42,8 @@ class Operand:
     """V vectors, laid out for the device that multiplies.
 
     Attributes:
-        columns: int8 (M, V), (M, 2V) or (M, 3V), digit by digit; or float32 (M, V or more), where
-            what is more is zero.
+        columns: int8 (M, V), (M, 2V) or (M, 3V), digit by digit, each column's numbers side by side
+            in memory; or float32 (M, V or more), where what is more is zero.
         count: V.
         scale: (V,) float64, what products of digits are multiplied with; None for float32.
     """
@@ -55,8 +56,8 @@ class Operand:
         """Those of the vectors whose numbers are given."""
         if self.scale is None:
             return Operand(_filled(self.columns[:, which]), len(which), None)
-        digits = self.columns.view(len(self.columns), -1, self.count)[:, :, which]
-        return Operand(digits.flatten(1), len(which), self.scale[which])
+        digits = self.columns.T.view(-1, self.count, len(self.columns))[:, which]
+        return Operand(digits.flatten(0, 1).T, len(which), self.scale[which])
 
     @classmethod
     def of(cls, values: npt.NDArray[np.floating], device: torch.device) -> Operand:
@@ -65,25 +66,58 @@ class Operand:
             single = torch.from_numpy(np.ascontiguousarray(values.T, dtype=np.float32))
             return cls(_filled(single.to(device)), len(values), None)
         digits, scale = digits_of(values)
-        columns = torch.from_numpy(np.ascontiguousarray(digits.T))
-        return cls(columns, len(values), torch.from_numpy(scale))
+        return cls(torch.from_numpy(digits).T, len(values), torch.from_numpy(scale))
 
     @property
     def width(self) -> int:
         """How many columns are multiplied for each row, all digits included."""
         return int(self.columns.shape[1])
 
+    @cached_property
+    def single_scale(self) -> Tensor:
+        """`scale` in float32; nothing of it where there is none."""
+        return torch.empty(0) if self.scale is None else self.scale.float()
+
+    @property
+    def digits(self) -> int:
+        """D, how many digits the vectors have; 0 for float32."""
+        return 0 if self.scale is None else self.width // self.count
+
+    def products(self, rows: Tensor, place: int = 0) -> Tensor:
+        """Inner products (R, width) of int8 rows (R, M) with each column, int32 or float32.
+
+        On the CPU they are written over what the thread was given last for that `place`.
+        """
+        if self.scale is None:
+            return _widened_product(rows, self.columns, place)
+        out = _room(place, torch.int32, len(rows), self.width)
+        return torch._int_mm(rows, self.columns, out=out)
+
     def times(self, rows: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
         """Inner products (R, V) of int8 rows (R, M), on the CPU."""
+        whole = self.products(rows)
+        product = whole[:, : self.count].to("cpu", dtype, copy=True)
         if self.scale is None:
-            return _widened_product(rows, self.columns)[:, : self.count].to("cpu", dtype)
-        whole = torch._int_mm(rows, self.columns)
-        count = self.count
-        product = whole[:, :count].to(dtype)
-        for digit in range(1, self.width // count):
-            own = whole[:, digit * count : (digit + 1) * count]
+            return product
+        for digit in range(1, self.digits):
+            own = whole[:, digit * self.count : (digit + 1) * self.count]
             product.add_(own, alpha=BASE**-digit)
         return product.mul_(self.scale.to(dtype))
+
+
+_kept = threading.local()
+
+
+def _room(place: int, dtype: torch.dtype, rows: int, width: int) -> Tensor:
+    """(rows, width), not filled, always the same memory of the thread for a place and type.
+
+    Memory that malloc finds anew each time costs a product a quarter more: no cache holds it.
+    """
+    rooms: dict[tuple[int, torch.dtype], Tensor] = _kept.__dict__.setdefault("rooms", {})
+    room = rooms.get((place, dtype))
+    if room is None or len(room) < rows * width:
+        room = rooms[place, dtype] = torch.empty(rows * width, dtype=dtype)
+    return room[: rows * width].view(rows, width)
 
 
 def _filled(columns: Tensor) -> Tensor:
@@ -93,7 +127,7 @@ def _filled(columns: Tensor) -> Tensor:
     return torch.nn.functional.pad(columns, (0, missing)) if missing else columns
 
 
-def _widened_product(rows: Tensor, columns: Tensor) -> Tensor:
+def _widened_product(rows: Tensor, columns: Tensor, place: int) -> Tensor:
     """int8 (R, M) times float32 (M, V), where the columns are.
 
     On the CPU a stretch of rows is widened and multiplied at a time, before it leaves the cache.
@@ -101,7 +135,7 @@ def _widened_product(rows: Tensor, columns: Tensor) -> Tensor:
     if columns.device.type != "cpu":
         return rows.to(columns.device, torch.float32) @ columns
     dim = len(columns)
-    product = columns.new_empty(len(rows), columns.shape[1])
+    product = _room(place, torch.float32, len(rows), columns.shape[1])
     most = max(1, min(len(rows), _WIDE // (4 * dim)))
     room = columns.new_empty(most, dim)
     for part, out in zip(torch.split(rows, most), torch.split(product, most), strict=True):

@@ -25,7 +25,8 @@ from curate.influencetable import write_parquet
 from curate.manifest import File
 from curate.product import EXTRA, Product
 from curate.queryvectors import Doubles, Groups, QueryVectors
-from curate.survey import Ranking, survey
+from curate.survey import survey
+from curate.surveyplan import Ranking
 from curate.workers import in_order
 
 if TYPE_CHECKING:

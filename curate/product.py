@@ -13,8 +13,9 @@ Letters: B rows of the block, G groups, τ steps, U slots, C vectors a slot, M s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -24,17 +25,20 @@ import torch
 from curate.blocks import Block, open_rows
 from curate.multiply import Operand, as_tensor
 from curate.queryvectors import Doubles, QueryVectors
+from sdi import team
 
 if TYPE_CHECKING:
     from curate.rundir import RunDirectory
 
 EXTRA = ("total", "early", "late", "total_var", "early_var", "late_var", "window_cov", "noise")
 """What stands behind the step columns of `Product.score`; `noise` is the energy of noise alone."""
-_BLOCK = 4 << 20
+_BLOCK = 8 << 20
 """Bytes of sketches in a block: with what comes of them they fit in a processor's cache."""
 _LEAST, _MOST = 16, 4096
 _PRODUCTS = 2 << 20
 """Bytes of products in float64 that a block may have."""
+_MANY = 1 << 26
+"""Scores for which kernels are loaded: half a second, in which torch makes as many."""
 
 
 @dataclass(frozen=True)
@@ -63,15 +67,33 @@ class Columns:
     Attributes:
         vectors: by checkpoint and slot; the groups' vectors of one column are side by side.
         shape: (U · C, G).
+        kernels: `sdi.compiled.scores`, where there is so much to do that loading it pays.
     """
 
     vectors: tuple[tuple[Operand, ...], ...]
     shape: tuple[int, int]
+    kernels: ModuleType | None = None
 
     @property
     def width(self) -> int:
         """How many columns each row is multiplied with, all digits included."""
         return sum(operand.width for one in self.vectors for operand in one)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Of the scores of B rows with some vectors, what one checkpoint and slot adds.
+
+    Attributes:
+        slot: the vectors are the columns slot · C and so on.
+        rows: int8 (B, M).
+        factors: float32 (B,), of each row's products.
+    """
+
+    slot: int
+    rows: torch.Tensor
+    operand: Operand
+    factors: torch.Tensor
 
 
 class Product:
@@ -124,7 +146,10 @@ class Product:
             tuple(Operand.of(slot.transpose(1, 0, 2).reshape(-1, dim), self.device) for slot in one)
             for one in chosen
         )
-        return Columns(laid, (slots * columns, groups))
+        scores = self.rows * len(chosen) * slots * columns * groups
+        on_cpu = self.device.type == "cpu"
+        kernels = team.kernels("scores") if scores >= _MANY and on_cpu else None
+        return Columns(laid, (slots * columns, groups), kernels)
 
     def block(self, bound: Bound | Columns) -> int:
         """How many rows to score at once."""
@@ -179,26 +204,29 @@ class Product:
             np.multiply(product, scale, out=out[:, slot].reshape(len(rows), -1))
         return out
 
-    def columns(self, bound: Columns, start: int, stop: int) -> torch.Tensor:
-        """Scores of rows start..stop, float32 (B, U · C, G); 0 where a row's slot is absent."""
+    def parts(self, bound: Columns, start: int, stop: int) -> Iterator[Part]:
+        """What the scores of rows start..stop add up from."""
         blocks = [source.read(start, stop) for source in self.sources.values()]
         factor = np.ones((1, self.slots))
         if self.cosine:
             norms = [_widen(block.norm.astype(np.float64), self.slots) for block in blocks]
             _, factor = self._factor(norms)
-        whole: list[torch.Tensor] = []
         for eta, block, vectors in zip(self.weights.values(), blocks, bound.vectors, strict=True):
             rows = as_tensor(block.values)
-            scale = torch.from_numpy(np.float32(eta) * factor[:, : rows.shape[1]] * block.scale)
+            scale = np.float32(eta) * factor[:, : rows.shape[1]] * block.scale
+            factors = torch.from_numpy(np.ascontiguousarray(scale.T, dtype=np.float32))
             for slot in range(rows.shape[1]):
-                part = vectors[slot].times(rows[:, slot], torch.float32)
-                part.mul_(scale[:, slot, None])
-                if slot == len(whole):
-                    whole.append(part)
-                else:
-                    whole[slot] += part
-        parts = [part.view(stop - start, -1, bound.shape[1]) for part in whole]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+                yield Part(slot, rows[:, slot], vectors[slot], factors[slot])
+
+    def columns(self, bound: Columns, start: int, stop: int) -> torch.Tensor:
+        """Scores of rows start..stop, float32 (B, U · C, G); 0 where a row's slot is absent."""
+        columns, groups = bound.shape
+        shape = (stop - start, self.slots, columns // self.slots * groups)
+        whole = torch.zeros(shape, dtype=torch.float32)
+        for part in self.parts(bound, start, stop):
+            own = part.operand.times(part.rows, torch.float32)
+            whole[:, part.slot] += own.mul_(part.factors[:, None])
+        return whole.view(stop - start, columns, groups)
 
 
 class _Sums:

@@ -38,7 +38,8 @@ def in_order(
         return
     pending: deque[tuple[Span, Future[Result]]] = deque()
     torch.set_num_threads(1)
-    pool = ThreadPoolExecutor(count, thread_name_prefix="curate-block")
+    # Each thread is told: what calls OpenMP by itself, such as an integer product, would not know.
+    pool = ThreadPoolExecutor(count, "curate-block", torch.set_num_threads, (1,))
     try:
         for span in blocks:
             pending.append((span, pool.submit(work, *span)))

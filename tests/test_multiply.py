@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from contextlib import closing
 
 import numpy as np
@@ -129,3 +130,18 @@ def test_blocks_come_in_order_and_threads_are_given_back() -> None:
     with closing(in_order(work, spans, threads=3)) as left:
         assert next(left) == ((0, 1), 0)
     assert torch.get_num_threads() == before
+
+
+def test_each_thread_multiplies_alone() -> None:
+    """Threads that work on blocks have one of OpenMP's threads each, from their first call on."""
+    count = ctypes.CDLL(torch._C.__file__)
+    if not hasattr(count, "omp_get_max_threads"):
+        pytest.skip("torch has another runtime here")
+    torch.set_num_threads(max(2, torch.get_num_threads()))
+    blocks = [(n, n + 1) for n in range(8)]
+
+    def work(_start: int, _stop: int) -> int:
+        return int(count.omp_get_max_threads())
+
+    with closing(in_order(work, blocks, threads=2)) as results:
+        assert [found for _, found in results] == [1] * 8

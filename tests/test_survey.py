@@ -17,8 +17,10 @@ from curate.errors import CurateError
 from curate.queryvectors import Groups, QueryVectors
 from curate.scores import Scoring, score_run
 from curate.scoresettings import ScoreSettings, chosen_weights
-from curate.survey import Found, Ranking, survey
+from curate.survey import Found, survey
+from curate.surveyplan import Ranking, Taken, _of_steps
 from curate.windows import Windows
+from sdi import team
 from tests.sketchedrun import Made, make
 
 QUERIES = 7
@@ -34,10 +36,15 @@ def surveyed(own: Scoring, vectors: list[QueryVectors], keep: int = 3) -> Found:
     return survey(own.product, vectors, own.side.masks, Ranking("total"), keep, first=100)
 
 
+@pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("tied", [True, False])
-def test_rows_without_a_score_are_named(tmp_path: Path, tied: bool, bad: float) -> None:
+def test_rows_without_a_score_are_named(
+    tmp_path: Path, tied: bool, bad: float, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A training sketch that is not finite ends the scoring with the rows and what to do."""
+    if compiled:
+        monkeypatch.setattr(product, "_MANY", 0)
     made = make(tmp_path / "run", tied=tied)
     kind = "totals" if tied else "steps"
     path = made.run.sketches_directory("train", "b") / f"{kind}-00001.scale.npy"
@@ -124,13 +131,12 @@ def test_sums_find_what_steps_find(
     own = scoring(made, windows=windows, **settings)
     vectors, ranking = own.vectors(Groups.single(0, QUERIES)), Ranking(by, 4)
     given = (own.product, vectors, own.side.masks, ranking)
-    plan, bound = surveying.planned(*given)
-    assert isinstance(plan, surveying._Sums)
+    _, bound = surveying.planned(*given)
     assert bound.shape == (3 if by == "step" or (by == "total" and not whole) else 2, QUERIES)
     summed = survey(*given, 5)
-    stepped = surveying._Steps(ranking, own.side.masks)
-    steps = own.product.bind_columns([stepped.chosen(one.values) for one in vectors])
-    monkeypatch.setattr(surveying, "planned", lambda *_: (stepped, steps))
+    taken, chosen = _of_steps([one.values for one in vectors], own.side.masks, ranking)
+    steps = own.product.bind_columns(chosen)
+    monkeypatch.setattr(surveying, "planned", lambda *_: (taken, steps))
     other = survey(*given, 5)
     np.testing.assert_array_equal(np.sort(summed.rows), np.sort(other.rows))
     for name in ("mean", "square"):
@@ -143,6 +149,67 @@ def test_few_steps_are_multiplied_themselves(tmp_path: Path) -> None:
     for name, settings in {"few": {"steps": 2}, "untied": {"steps": 12, "tied": False}}.items():
         own = scoring(make(tmp_path / name / "run", **settings))
         vectors = own.vectors(Groups.single(0, QUERIES))
-        plan, bound = surveying.planned(own.product, vectors, own.side.masks, Ranking("step"))
-        assert isinstance(plan, surveying._Steps)
+        _, bound = surveying.planned(own.product, vectors, own.side.masks, Ranking("step"))
         assert bound.shape == (settings["steps"], QUERIES)
+
+
+@pytest.mark.parametrize("settings", [{}, {"kind": "cosine"}], ids=str)
+@pytest.mark.parametrize("by", ["total", "early", "late", "energy", "step"])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("windows", [Windows(), Windows((0, 0.3), (0.6, 1))], ids=["halves", "gap"])
+def test_compiled_surveys_find_what_torch_finds(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    windows: Windows,
+    tied: bool,
+    by: str,
+    settings: dict[str, Any],
+) -> None:
+    """The kernels keep the same rows and moments, block by block, whatever ranks the rows."""
+    if team.kernels("scores") is None:
+        pytest.skip("numba is not installed")
+    monkeypatch.setattr(product, "_MOST", 6)
+    monkeypatch.setattr(product, "_LEAST", 1)
+    made = make(tmp_path / "run", tied=tied, steps=10, depths=(10, 3, 7, 9, 1, 10, 5))
+    own = scoring(made, windows=windows, **settings)
+    vectors, ranking = own.vectors(Groups.single(0, QUERIES)), Ranking(by, 4)
+    given = (own.product, vectors, own.side.masks, ranking, 5)
+    expected = survey(*given)
+    called: list[int] = []
+    compiled = Taken._compiled
+
+    def noted(self: Any, *given: Any) -> Any:
+        called.append(given[-1] - given[-2])
+        return compiled(self, *given)
+
+    monkeypatch.setattr(Taken, "_compiled", noted)
+    monkeypatch.setattr(product, "_MANY", 0)
+    found = survey(*given)
+    assert sum(called) == own.product.rows
+    np.testing.assert_array_equal(np.sort(found.rows), np.sort(expected.rows))
+    for name in ("mean", "square"):
+        one, two = (getattr(each.moments, name) for each in (found, expected))
+        np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-6 * np.abs(two).max())
+
+
+@pytest.mark.parametrize("keep", [1, 3, 50])
+def test_a_block_offers_no_more_than_could_be_best(keep: int) -> None:
+    """Of a block's hits the best of each query are left, equals included, and none of these is
+    lost; so no more come from the first block than from later ones.
+    """
+    random = np.random.default_rng(keep)
+    keys = random.integers(0, 9, (40, 6)).astype(np.float32)
+    row, query = (axis.ravel() for axis in np.indices(keys.shape))
+    hits = (query, row + 100, keys.ravel())
+    best = surveying._Best(6, keep)
+    left = best.of_block(hits, 100, 140)
+    for one in range(6):
+        wanted = np.sort(keys[:, one])[::-1][:keep]
+        offered = np.sort(left[2][left[0] == one])[::-1]
+        np.testing.assert_array_equal(offered[: len(wanted)], wanted)
+        assert (offered >= wanted[-1]).all()
+    best.offer(*left)
+    other = surveying._Best(6, keep)
+    other.offer(*hits)
+    if keep <= 40:
+        np.testing.assert_array_equal(best.rows(), other.rows())

@@ -8,8 +8,10 @@ DIR for the next time or else removed, and measures, each in a process of its ow
 - scores: the survey of 64 queries × 8 steps and the whole of `score_run` (the mean over the
   queries, the best 100 rows of each, the tables); the survey's multiply-adds a second beside those
   of the bare product on its shapes and threads, before and after, in int8, bf16 or float32,
-  whichever is the fastest here; the peak of anonymous memory; and what writing the queries in
-  digits rounds off, beside the sketch's own error and beside that of bf16.
+  whichever is the fastest here: with rows that come from memory, as a million do, and with one
+  block that stays in the cache; the peak of anonymous memory; how long the survey's kernels take to
+  load, once a process; and what writing the queries in digits rounds off, beside the sketch's own
+  error and beside that of bf16.
 - groups: `score_run` for eight groups of queries and their maximum.
 - search: the exact best 100 of each query on one core, one by one and all at once, with the share
   of the vectors that was scanned, for whole queries and for single steps.
@@ -44,31 +46,40 @@ if TYPE_CHECKING:
 PARTS = ("scores", "groups", "search", "commands")
 WIDE, NARROW = 4096, 1024
 TOP = 100
+STREAMED = 1 << 29
+"""Bytes of rows that a thread multiplies in turn, more than caches hold."""
 Line = dict[str, Any]
 
 
 def product_rates(rows: int, dim: int, columns: int) -> dict[str, float]:
-    """Multiply-adds a second of (rows, dim) times (dim, columns), a product on every core."""
+    """Multiply-adds a second of (rows, dim) times (dim, columns), a product on every core.
+
+    The second factor lies column by column in memory, which is the quicker way here and there. The
+    first is the same each time ("in cache", by type), or the next rows of more than caches hold, as
+    a million rows are ("streamed", int8).
+    """
     import torch
 
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    many = 1 + STREAMED // (rows * dim)
 
     def timed(kind: str) -> float:
-        left = torch.randint(-127, 128, (rows, dim), dtype=torch.int8)
-        right = torch.randint(-127, 128, (dim, columns), dtype=torch.int8)
-        if kind != "int8":
-            left, right = (side.to(getattr(torch, kind)) for side in (left, right))
-        multiply = torch._int_mm if kind == "int8" else torch.mm
-        multiply(left, right)
+        of = torch.int8 if kind == "streamed" else getattr(torch, kind)
+        blocks = many if kind == "streamed" else 1
+        left = torch.ones(blocks, rows, dim, dtype=of)
+        right = torch.ones(columns, dim, dtype=of).T
+        made = torch.int32 if of == torch.int8 else of
+        out = torch.empty(rows, columns, dtype=made)
+        multiply = torch._int_mm if of == torch.int8 else torch.mm
+        multiply(left[0], right, out=out)
         begin, count = time.perf_counter(), 0
         while time.perf_counter() - begin < 1.5:
-            multiply(left, right)
+            multiply(left[count % blocks], right, out=out)
             count += 1
         return count * rows * dim * columns / (time.perf_counter() - begin)
 
-    with ThreadPoolExecutor(threads) as pool:
-        kinds = ("int8", "bfloat16", "float32")
+    with ThreadPoolExecutor(threads, "product", torch.set_num_threads, (1,)) as pool:
+        kinds = ("streamed", "int8", "bfloat16", "float32")
         rates = {kind: sum(pool.map(timed, [kind] * threads)) for kind in kinds}
     torch.set_num_threads(threads)
     return rates
@@ -89,7 +100,9 @@ def scores(folder: Path) -> Iterator[Line]:
     from curate.rundir import RunDirectory
     from curate.scores import Scoring, score_run
     from curate.scoresettings import ScoreSettings, chosen_weights
-    from curate.survey import Ranking, planned, survey
+    from curate.survey import survey
+    from curate.surveyplan import Ranking, planned
+    from sdi import team
 
     run = RunDirectory.open(folder)
     forget(run, "measured")
@@ -98,6 +111,9 @@ def scores(folder: Path) -> Iterator[Line]:
     queries, product = scoring.side.rows, scoring.product
     vectors = scoring.vectors(Groups.single(0, queries))
     given = (product, vectors, scoring.side.masks, Ranking("total"))
+    begin = time.perf_counter()
+    team.kernels("scores")
+    loading = time.perf_counter() - begin
     _, bound = planned(*given)
     before = product_rates(product.block(bound), product.dim, bound.width)
     watch = Watch()
@@ -111,6 +127,9 @@ def scores(folder: Path) -> Iterator[Line]:
     watch.join()
     after = product_rates(product.block(bound), product.dim, bound.width)
     rates = {kind: (before[kind] + after[kind]) / 2 for kind in before}
+    streamed = rates.pop("streamed")
+    if max(rates.values()) > rates["int8"]:  # the survey multiplies in another type
+        streamed = max(rates.values())
     work = product.rows * product.dim * bound.width
     for name, seconds in (("survey", middle - begin), ("score_run", end - middle)):
         yield {
@@ -119,10 +138,13 @@ def scores(folder: Path) -> Iterator[Line]:
             "rows per second": product.rows / seconds,
             "columns": bound.width,
             "GMAC per second": work / seconds / 1e9,
-            "share of the product": work / seconds / max(rates.values()),
+            "share of the product": work / seconds / streamed,
+            "share of it in cache": work / seconds / max(rates.values()),
             "anonymous MiB": max(watch.peak, anonymous()) / 1024,
         }
+    rates = {"streamed": streamed, **rates}
     yield {"part": "product", **{f"{kind} GMAC/s": rate / 1e9 for kind, rate in rates.items()}}
+    yield {"part": "loading kernels", "seconds": loading}
     yield {"part": "rounding", **_rounding(scoring)}
 
 
