@@ -33,23 +33,25 @@ BLOCK = 256
 
 _words, _halves = pointer(types.uint32), pointer(types.uint16)
 _floats = pointer(types.float32)
-_half, _word, _number = ir.IntType(16), ir.IntType(32), ir.FloatType()
+half_type, word_type, number_type = ir.IntType(16), ir.IntType(32), ir.FloatType()
 
 
-def _vector(kind: Any) -> Any:
+def vector(kind: Any) -> Any:
+    """The type of `SIDE` numbers."""
     return ir.VectorType(kind, SIDE)
 
 
-def _read(builder: Any, place: Any, kind: Any) -> Any:
+def read_vector(builder: Any, place: Any, kind: Any) -> Any:
     """The vector at an address."""
-    return builder.load(builder.inttoptr(place, _vector(kind).as_pointer()), align=2)
+    return builder.load(builder.inttoptr(place, vector(kind).as_pointer()), align=2)
 
 
-def _write(builder: Any, place: Any, vector: Any) -> None:
+def write_vector(builder: Any, place: Any, vector: Any) -> None:
+    """Put it at an address."""
     builder.store(vector, builder.inttoptr(place, vector.type.as_pointer()), align=2)
 
 
-def _rounded(builder: Any, words: Any) -> Any:
+def rounded(builder: Any, words: Any) -> Any:
     """Of float32 numbers, as their bits, the nearest bfloat16; of two as near the even one."""
 
     def each(value: int) -> Any:
@@ -59,10 +61,10 @@ def _rounded(builder: Any, words: Any) -> Any:
     near = builder.lshr(builder.add(builder.add(words, each(0x7FFF)), odd), each(16))
     magnitude = builder.and_(words, each(0x7FFFFFFF))
     is_nan = builder.icmp_unsigned(">", magnitude, each(0x7F800000))
-    return builder.trunc(builder.select(is_nan, each(0x7FC0), near), _vector(_half))
+    return builder.trunc(builder.select(is_nan, each(0x7FC0), near), vector(half_type))
 
 
-def _turned(builder: Any, rows: list[Any]) -> list[Any]:
+def turned(builder: Any, rows: list[Any]) -> list[Any]:
     """`SIDE` vectors transposed: four times rows i and i + 8 are interleaved, which each time makes
     the highest binary digit of a number's row the lowest of its column.
     """
@@ -75,16 +77,16 @@ def _turned(builder: Any, rows: list[Any]) -> list[Any]:
 def _interleaved(builder: Any, one: Any, other: Any, first: int) -> Any:
     """Half of two vectors' numbers by turns, from `first` on."""
     order = [place for i in range(first, first + SIDE // 2) for place in (i, SIDE + i)]
-    return builder.shuffle_vector(one, other, ir.Constant(_vector(_word), order))
+    return builder.shuffle_vector(one, other, ir.Constant(vector(word_type), order))
 
 
 def _squared(builder: Any, columns: list[Any]) -> Any:
     """The sums of squares of vectors of bfloat16, in float32."""
-    total = ir.Constant(_vector(_number), [0.0] * SIDE)
+    total = ir.Constant(vector(number_type), [0.0] * SIDE)
     for column in columns:
-        wide = builder.zext(column, _vector(_word))
+        wide = builder.zext(column, vector(word_type))
         bits = builder.shl(wide, ir.Constant(wide.type, [16] * SIDE))
-        number = builder.bitcast(bits, _vector(_number))
+        number = builder.bitcast(bits, vector(number_type))
         total = builder.fadd(total, builder.fmul(number, number))
     return total
 
@@ -102,15 +104,15 @@ def _square(kind: Any) -> Callable[..., Any]:
                 return builder.add(base, builder.mul(step, ir.Constant(step.type, number)))
 
             source, step, target, target_step, squares = given
-            rows = [_read(builder, at(source, step, i), kind) for i in range(SIDE)]
-            if kind is _word:
-                rows = [_rounded(builder, row) for row in rows]
-            columns = _turned(builder, rows)
+            rows = [read_vector(builder, at(source, step, i), kind) for i in range(SIDE)]
+            if kind is word_type:
+                rows = [rounded(builder, row) for row in rows]
+            columns = turned(builder, rows)
             for i, column in enumerate(columns):
-                _write(builder, at(target, target_step, i), column)
-            if kind is _word:
-                known = _read(builder, squares, _number)
-                _write(builder, squares, builder.fadd(known, _squared(builder, columns)))
+                write_vector(builder, at(target, target_step, i), column)
+            if kind is word_type:
+                known = read_vector(builder, squares, number_type)
+                write_vector(builder, squares, builder.fadd(known, _squared(builder, columns)))
 
         return types.void(source, step, target, target_step, squares), generate
 
@@ -121,19 +123,19 @@ def _round_vector(_context: Any, source: Any, target: Any) -> Any:
     """Round `SIDE` numbers, from an address to another."""
 
     def generate(_context: Any, builder: Any, _signature: Any, given: Any) -> Any:
-        _write(builder, given[1], _rounded(builder, _read(builder, given[0], _word)))
+        write_vector(builder, given[1], rounded(builder, read_vector(builder, given[0], word_type)))
 
     return types.void(source, target), generate
 
 
-half_square: Any = intrinsic(_square(_half))  # numba fills in the context
-word_square: Any = intrinsic(_square(_word))
+half_square: Any = intrinsic(_square(half_type))  # numba fills in the context
+word_square: Any = intrinsic(_square(word_type))
 round_vector: Any = intrinsic(_round_vector)
 
 
 @numba.njit
 def _near(word: Any) -> Any:
-    """`_rounded` of one number."""
+    """`rounded` of one number."""
     if word & 0x7FFFFFFF > 0x7F800000:
         return 0x7FC0
     return (word + 0x7FFF + (word >> 16 & 1)) >> 16

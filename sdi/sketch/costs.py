@@ -27,10 +27,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdi.flash import TORCHS, Flash, Options, compiled
+from sdi.sketch import tiles
 from sdi.sketch.kernels import halves, has_numba
 from sdi.sketch.plan import Hashing, MatrixPlan
 
-_VERSION = 8
+_VERSION = 9
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Costs:
 
     Attributes:
         product: a multiply-add of δᵀa in float32.
-        half_product: the same with bfloat16 factors, on a CPU with their rounding.
+        half_product: the same with bfloat16 factors, on a CPU with their rounding; with the adds
+            where one kernel does both.
         add: one entry of δᵀa into its bucket.
         transform: one of the M·log₂M steps of a token's two transforms, all that is done to its
             spectra included.
@@ -138,11 +140,13 @@ def _measured(device: torch.device) -> Costs:
         left, right, _ = halves(factor, factor, None)
         torch.bmm(right, left)
 
+    fused = device.type != "cpu" or tiles.compiled() is not None
+
     def product(*, half: bool) -> float:
-        """With the rounding of factors; on a GPU with the adds, which the fused kernel does."""
-        if device.type == "cpu":
+        """With the rounding of factors; with the adds where one kernel does both."""
+        if device.type == "cpu" and not (half and fused):
             return _nanoseconds(rounded if half else lambda: factor.mT @ factor, device)
-        narrow = factor.bfloat16() if half else factor
+        narrow = factor.bfloat16() if half and device.type != "cpu" else factor
         return _nanoseconds(
             lambda: tensorsketch.add_outer(plan, narrow, narrow, out, 1 << 26, half=half), device
         )

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from sdi import team
+from sdi.sketch import tiles
 from sdi.sketch.costs import costs, multiplies_bfloat16
 from sdi.sketch.fused import fused
 from sdi.sketch.kernels import halves, shifted_add
@@ -98,6 +99,8 @@ def add_outer(
             noise.addcmul_(size, size)
         kernels.outer(plan, left.to(dtype), right.to(dtype), out, limit=limit)
         return None
+    if half and tiles.fits(plan, left, right) and (in_tiles := tiles.compiled()) is not None:
+        return tiles.add(in_tiles, plan, left, right, out, noise)
     each = dtype.itemsize * left.shape[2] * right.shape[2]
     cached = max(PRODUCT, each * team.size()) if left.device.type == "cpu" else limit
     most = max(1, min(limit, cached) // each)

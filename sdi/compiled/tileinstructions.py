@@ -1,0 +1,239 @@
+"""What numba has no words for: tiles of a processor's registers (AMX), and how numbers are packed
+for them. All are functions of compiled code, and what they are given are addresses.
+
+A tile is 16 rows of 64 bytes. Eight are used: 0 to 3 are float32, the four quarters of a product of
+`SPAN` columns and rows; 4 and 5 are bfloat16, `SPAN` tokens of half of the columns each; 6 and 7,
+of rows, with two tokens side by side.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+from sdi.compiled.factors import (
+    SIDE,
+    half_type,
+    number_type,
+    read_vector,
+    rounded,
+    turned,
+    vector,
+    word_type,
+    write_vector,
+)
+
+SPAN = 2 * SIDE
+"""Rows and columns of four tiles; tokens of a tile."""
+TILE = 1024
+"""Bytes."""
+
+_byte, _long = ir.IntType(8), ir.IntType(64)
+
+
+def _instruct(builder: Any, name: str, *given: Any) -> None:
+    """An instruction of the processor, of addresses, strides and, as bytes, the tiles' numbers."""
+    values = [ir.Constant(_byte, each) if isinstance(each, int) else each for each in given]
+    kind = ir.FunctionType(ir.VoidType(), [value.type for value in values])
+    known = builder.module.globals.get(f"llvm.x86.{name}")
+    builder.call(known or ir.Function(builder.module, kind, f"llvm.x86.{name}"), values)
+
+
+def _at(builder: Any, place: Any, offset: int = 0) -> Any:
+    moved = builder.add(place, ir.Constant(_long, offset))
+    return builder.inttoptr(moved, _byte.as_pointer())
+
+
+def _fused(builder: Any, one: Any, other: Any, addend: Any) -> Any:
+    """The sum of `addend` and one · other, rounded once."""
+    product = builder.fmul(one, other, flags=("contract",))
+    return builder.fadd(product, addend, flags=("contract",))
+
+
+def _configure(_context: Any, configuration: Any) -> Any:
+    def generate(_context: Any, builder: Any, _signature: Any, given: Any) -> None:
+        _instruct(builder, "ldtilecfg", _at(builder, given[0]))
+
+    return types.void(configuration), generate
+
+
+def _release(_context: Any) -> Any:
+    def generate(_context: Any, builder: Any, _signature: Any, _given: Any) -> None:
+        _instruct(builder, "tilerelease")
+
+    return types.void(), generate
+
+
+def _begin(_context: Any) -> Any:
+    """Tiles 0 to 3 become zero."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, _given: Any) -> None:
+        for tile in range(4):
+            _instruct(builder, "tilezero", tile)
+
+    return types.void(), generate
+
+
+def _step(_context: Any, upper: Any, lower: Any, near: Any, far: Any) -> Any:
+    """Add the products of two tiles of columns and two of rows, of 32 tokens, given where."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, given: Any) -> None:
+        for tile, place in enumerate(given, 4):
+            _instruct(builder, "tileloadd64", tile, _at(builder, place), ir.Constant(_long, 64))
+        for tile, pair in enumerate(((4, 6), (4, 7), (5, 6), (5, 7))):
+            _instruct(builder, "tdpbf16ps", tile, *pair)
+
+    return types.void(upper, lower, near, far), generate
+
+
+def _end(_context: Any, product: Any) -> Any:
+    """Write tiles 0 to 3 as float32 (SPAN, SPAN)."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, given: Any) -> None:
+        width = 4 * SPAN
+        for tile, offset in enumerate((0, 64, SIDE * width, SIDE * width + 64)):
+            place = _at(builder, given[0], offset)
+            _instruct(builder, "tilestored64", tile, place, ir.Constant(_long, width))
+
+    return types.void(product), generate
+
+
+def _add_numbers(count: int) -> Any:
+    """Add so many times `SIDE` float32 numbers, each times a sign."""
+
+    def build(_context: Any, target: Any, source: Any, sign: Any) -> Any:
+        def generate(_context: Any, builder: Any, _signature: Any, given: Any) -> None:
+            empty = ir.Constant(vector(number_type), ir.Undefined)
+            one = builder.insert_element(empty, given[2], ir.Constant(ir.IntType(32), 0))
+            signs = builder.shuffle_vector(one, empty, ir.Constant(vector(word_type), [0] * SIDE))
+            for part in range(count):
+                at = ir.Constant(_long, 4 * SIDE * part)
+                target, source = (builder.add(place, at) for place in given[:2])
+                known = read_vector(builder, target, number_type)
+                new = read_vector(builder, source, number_type)
+                write_vector(builder, target, _fused(builder, new, signs, known))
+
+        return types.void(target, source, sign), generate
+
+    return intrinsic(build)
+
+
+def _each(value: int) -> Any:
+    """A vector of words that are all the same."""
+    return ir.Constant(vector(word_type), [value] * SIDE)
+
+
+def _paired(builder: Any, first: Any, second: Any) -> Any:
+    """bfloat16 numbers of two tokens side by side, as words."""
+    one, two = (builder.zext(half, vector(word_type)) for half in (first, second))
+    return builder.or_(one, builder.shl(two, _each(16)))
+
+
+def _signed(builder: Any, pairs: Any, signs: Any) -> Any:
+    """Both of each pair times the sign of a float, given its bits."""
+    negative = builder.and_(signs, _each(1 << 31))
+    return builder.xor(pairs, builder.or_(negative, builder.lshr(negative, _each(16))))
+
+
+def _turn(kind: Any) -> Any:
+    """A packed tile of `SIDE` columns of `SPAN` tokens, which lie some bytes apart. Of float32
+    numbers the squares of each token are added to `squares`: of the even ones, then of the odd.
+    """
+
+    def build(_context: Any, source: Any, apart: Any, target: Any, squares: Any) -> Any:
+        def generate(_context: Any, builder: Any, _signature: Any, given: Any) -> None:
+            source, apart, target, squares = given
+
+            def token(number: int) -> Any:
+                step = builder.mul(apart, ir.Constant(_long, number))
+                numbers = read_vector(builder, builder.add(source, step), kind)
+                return rounded(builder, numbers) if kind is word_type else numbers
+
+            pairs = [_paired(builder, token(i), token(i + 1)) for i in range(0, SPAN, 2)]
+            columns = turned(builder, pairs)
+            for number, column in enumerate(columns):
+                into = builder.add(target, ir.Constant(_long, 64 * number))
+                write_vector(builder, into, column)
+            if kind is word_type:
+                for odd in (0, 1):
+                    into = builder.add(squares, ir.Constant(_long, 64 * odd))
+                    total = read_vector(builder, into, number_type)
+                    for column in columns:
+                        even = builder.shl(column, _each(16))
+                        bits = builder.and_(column, _each(0xFFFF0000)) if odd else even
+                        number = builder.bitcast(bits, vector(number_type))
+                        total = _fused(builder, number, number, total)
+                    write_vector(builder, into, total)
+
+        return types.void(source, apart, target, squares), generate
+
+    return intrinsic(build)
+
+
+def _pack(kind: Any) -> Any:
+    """Numbers of two tokens as pairs, from two addresses on, `tiles` times `SIDE` of them; those of
+    a tile of rows go `apart` bytes behind those of the one before. Of float32 numbers the sums of
+    squares of each token are written as two vectors, and they themselves added to `sums`.
+    """
+
+    def build(
+        _context: Any,
+        first: Any,
+        second: Any,
+        target: Any,
+        apart: Any,
+        signs: Any,
+        squares: Any,
+        sums: Any,
+        tiles: Any,
+    ) -> Any:
+        def generate(_context: Any, builder: Any, _signature: Any, given: Any) -> None:
+            first, second, target, apart, signs, squares, sums, tiles = given
+            zero = ir.Constant(vector(number_type), [0.0] * SIDE)
+            of: Any = cgutils  # which has no types
+            parts = [of.alloca_once_value(builder, zero) for _ in range(2)]
+            with of.for_range(builder, tiles, intp=_long) as loop:
+
+                def at(base: Any, size: int) -> Any:
+                    return builder.add(base, builder.mul(loop.index, ir.Constant(_long, size)))
+
+                halves, place = [], at(sums, 4 * SIDE)
+                for source, square in zip((first, second), parts, strict=True):
+                    if kind is half_type:
+                        half = read_vector(builder, at(source, 2 * SIDE), half_type)
+                    else:
+                        words = read_vector(builder, at(source, 4 * SIDE), word_type)
+                        half = rounded(builder, words)
+                        number = builder.bitcast(words, vector(number_type))
+                        length = _fused(builder, number, number, builder.load(square))
+                        builder.store(length, square)
+                        known = read_vector(builder, place, number_type)
+                        write_vector(builder, place, builder.fadd(known, number))
+                    halves.append(half)
+                sign = read_vector(builder, at(signs, 4 * SIDE), word_type)
+                into = builder.add(target, builder.mul(loop.index, apart))
+                pairs = _paired(builder, *halves)
+                write_vector(builder, into, _signed(builder, pairs, sign))
+            if kind is word_type:
+                for number, square in enumerate(parts):
+                    into = builder.add(squares, ir.Constant(_long, 4 * SIDE * number))
+                    known = read_vector(builder, into, number_type)
+                    write_vector(builder, into, builder.fadd(known, builder.load(square)))
+
+        given = (first, second, target, apart, signs, squares, sums, tiles)
+        return types.void(*given), generate
+
+    return intrinsic(build)
+
+
+configure: Any = intrinsic(_configure)  # numba fills in the contexts
+release: Any = intrinsic(_release)
+begin: Any = intrinsic(_begin)
+step: Any = intrinsic(_step)
+end: Any = intrinsic(_end)
+add_side, add_span = _add_numbers(1), _add_numbers(2)
+turn_words, turn_halves = _turn(word_type), _turn(half_type)
+pack_words, pack_halves = _pack(word_type), _pack(half_type)
