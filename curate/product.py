@@ -222,7 +222,7 @@ class Product:
         """Scores of rows start..stop, float32 (B, U · C, G); 0 where a row's slot is absent."""
         columns, groups = bound.shape
         shape = (stop - start, self.slots, columns // self.slots * groups)
-        whole = torch.zeros(shape, dtype=torch.float32)
+        whole = torch.zeros(shape, dtype=torch.float32, device="cpu")
         for part in self.parts(bound, start, stop):
             own = part.operand.times(part.rows, torch.float32)
             whole[:, part.slot] += own.mul_(part.factors[:, None])

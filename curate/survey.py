@@ -70,7 +70,8 @@ def survey(
             progress(stop, product.rows)
 
     first_block, *blocks = product.blocks(bound, 0, product.rows)
-    take(first_block[1], *work(*first_block))  # the others have something to exceed
+    take(first_block[1], *work(*first_block))
+    best.settle()  # the others have something to exceed
     with closing(in_order(work, blocks, threads=product.threads)) as results:
         for (_, stop), found in results:
             take(stop, *found)
@@ -94,7 +95,7 @@ class _Best:
 
     def __init__(self, queries: int, keep: int) -> None:
         least = -torch.inf if keep else torch.inf
-        self.threshold = torch.full((queries,), least, dtype=torch.float32)
+        self.threshold = torch.full((queries,), least, dtype=torch.float32, device="cpu")
         self._keep, self._queries = keep, queries
         self._parts: list[Hits] = []
         self._waiting = 0
@@ -105,7 +106,7 @@ class _Best:
             self._parts.append((query, row, key))
             self._waiting += len(key)
         if self._waiting > self._queries * (16 + self._keep // 4):
-            self._settle()
+            self.settle()
 
     def of_block(self, hits: Hits, start: int, stop: int) -> Hits:
         """Those of a block's hits that could be of the k best; any thread may ask."""
@@ -119,7 +120,8 @@ class _Best:
         good = key >= least[query]
         return query[good], row[good], key[good]
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
+        """Keep the best of what was offered; what comes later has to exceed them."""
         if not self._parts:
             return
         query, row, key = (np.concatenate(part) for part in zip(*self._parts, strict=True))
@@ -136,7 +138,7 @@ class _Best:
 
     def rows(self) -> Rows:
         """The rows kept, (Q, k); (Q, 0) where none was offered."""
-        self._settle()
+        self.settle()
         if not self._parts:
             return np.empty((self._queries, 0), dtype=np.int64)
         return self._parts[0][1].reshape(self._queries, self._keep)

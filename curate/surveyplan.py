@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 
 import numpy as np
@@ -93,9 +94,12 @@ class Taken:
         wholes = [part.operand.products(part.rows, place) for place, part in enumerate(parts)]
         plan = np.array([_numbers(*each) for each in zip(parts, wholes, strict=True)])
         rows, (columns, queries) = stop - start, bound.shape
-        space, keys = (torch.empty(n, queries, dtype=torch.float32) for n in (3 + columns, rows))
-        sums = torch.empty(3, 2, queries, dtype=torch.float64)
-        hits, count = (torch.empty(n, dtype=torch.int32) for n in (rows * queries, 1))
+        assert self.shares.shape == (3, columns, queries) and limits.shape == (queries,)
+        assert all(one.operand.count * product.slots == columns * queries for one in parts)
+        new = partial(torch.empty, device="cpu")
+        space, keys = (new(n, queries, dtype=torch.float32) for n in (3 + columns, rows))
+        sums = new(3, 2, queries, dtype=torch.float64)
+        hits, count = (new(n, dtype=torch.int32) for n in (rows * queries, 1))
         unit = team.bits(1 / BASE)
         given = (self.shares, limits, sums, hits, keys, space, count)
         sizes = (len(parts), rows, product.slots, columns, queries, int(self.sizes), unit)
@@ -113,7 +117,7 @@ class Taken:
     def _by_torch(self, scores: Tensor, limits: Tensor, start: int) -> tuple[Moments, Hits]:
         """From scores (B, C, Q)."""
         columns = scores.unbind(dim=1)
-        taken = torch.zeros(3, *columns[0].shape, dtype=torch.float32)
+        taken = torch.zeros(3, *columns[0].shape, dtype=torch.float32, device="cpu")
         for column, share in zip(columns, self.shares.unbind(dim=1), strict=True):
             taken[:2].addcmul_(column, share[:2, None])
             taken[2].addcmul_(column.abs() if self.sizes else column, share[2])
@@ -132,7 +136,7 @@ def _numbers(part: Part, products: Tensor) -> tuple[int, ...]:
     """A part as `sdi.compiled.scores` reads it."""
     operand = part.operand
     sizes = (operand.digits, products.shape[1])
-    scales = operand.single_scale.data_ptr()
+    scales = 0 if operand.single_scale is None else operand.single_scale.data_ptr()
     return (products.data_ptr(), *sizes, scales, part.factors.data_ptr(), part.slot)
 
 
@@ -146,7 +150,7 @@ def _of_sums(
     """
     name, queries = ranking.name, values[0].shape[1]
     whole = all(_covered(one[0], masks) for one in values)  # the windows together are the total
-    shares = torch.zeros(3, 3, queries, dtype=torch.float32)
+    shares = torch.zeros(3, 3, queries, dtype=torch.float32, device="cpu")
     shares[0, 0] = shares[1, 1] = 1
     if name == "step" or (name == "total" and not whole):
         shares[2, 2] = 1

@@ -117,8 +117,7 @@ class SketchSink:
         half = rounds(self._products, plan, left, right)
         method = self._method
         if method == "auto":
-            sizes = (left.shape[1], left.shape[2], right.shape[2], plan.dim)
-            method = choose(*sizes, left.device, half=half)
+            method = choose(plan, left, right, half=half)
         if method == "outer":
             self.rounded = self.rounded or half
             total = self._sum(step, left.device)

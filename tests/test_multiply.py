@@ -57,6 +57,43 @@ def test_any_vectors(integers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (np.abs(some - expected[:, which]) <= 1e-6 * size[:, which]).all()
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("rows", "count"), [(64, 1), (65, 33), (128, 5), (300, 40)])
+@pytest.mark.parametrize("dim", [64, 448, 576, 1088, 600])
+def test_products_in_tiles_are_exact(dim: int, rows: int, count: int, threads: int) -> None:
+    """Many rows are multiplied as few are, in whole numbers, also the extreme ones; of rows that
+    are apart only their own numbers are read.
+    """
+    if not multiply.exact_integers():
+        pytest.skip("this processor has no fast exact int8 products")
+    stored = np.stack([sketches(rows, dim)[0], np.full((rows, dim), 99, np.int8)], axis=1)
+    stored[-1, 0], stored[0, 0] = 127, -127
+    query, _ = sketches(count, dim, seed=1)
+    query[0] = 127
+    expected = stored[:, 0].astype(np.int64) @ query.T.astype(np.int64)
+    operand = Operand.of(query.astype(np.float32), CPU)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = operand.products(torch.from_numpy(stored)[:, 0])
+    finally:
+        torch.set_num_threads(before)
+    assert found.shape[0] == rows
+    np.testing.assert_array_equal(found[:, :count].numpy(), expected)
+    some = operand.some(torch.tensor([count - 1, 0])).products(torch.from_numpy(stored)[:, 0])
+    np.testing.assert_array_equal(some[:, :2].numpy(), expected[:, [count - 1, 0]])
+
+
+def test_room_that_is_kept_serves_inside_and_outside_of_inference_mode() -> None:
+    """Products are written over the last ones, whether or not these were made for inference."""
+    rows = torch.from_numpy(sketches(8, 128)[0])
+    operand = Operand.of(np.ones((3, 128), np.float32), CPU)
+    multiply._kept.__dict__.clear()
+    with torch.inference_mode():
+        first = operand.times(rows)
+    assert torch.equal(operand.times(rows), first)
+
+
 @pytest.mark.parametrize("count", [1, 2, 10, 16, 17])
 @pytest.mark.parametrize("rows", [0, 1, 7, 50])
 def test_rows_are_widened_in_stretches(

@@ -334,7 +334,7 @@ def test_costs_are_measured_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """Costs are kept in a file, read from there, and measured again where it is no good."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     asked: list[torch.device] = []
-    given = costs.Costs(1.0, 0.5, 2.0, 3.0, 1.0, float("inf"), 1.0, float("inf"))
+    given = costs.Costs(1.0, 0.5, 0.2, 2.0, 3.0, 1.0, float("inf"), 1.0, float("inf"))
 
     def measure(device: torch.device) -> costs.Costs:
         asked.append(device)
@@ -385,6 +385,17 @@ def test_the_cheaper_is_chosen(
 ) -> None:
     """One token of a wide layer goes through the transforms, a long row of a narrow one not."""
     others = dict.fromkeys(["linear", "onednn_linear", "attention", "compiled_attention"], 1.0)
-    known = costs.Costs(0.01, half_product=0.005, add=0.1, transform=0.1, **others)
-    monkeypatch.setattr(tensorsketch, "costs", lambda _: known)
-    assert tensorsketch.choose(tokens, rows, columns, dim, CPU) == expected
+    others |= {"half_product": 0.005, "tiled_product": 0.002, "add": 0.1, "transform": 0.1}
+    monkeypatch.setattr(tensorsketch, "costs", lambda _: costs.Costs(0.01, **others))
+    left, right = torch.zeros(1, tokens, rows), torch.zeros(1, tokens, columns)
+    assert tensorsketch.choose(plan_of(rows, columns, dim), left, right) == expected
+
+
+def test_products_in_tiles_have_a_cost_of_their_own() -> None:
+    """It counts the adds; what does not fit into tiles costs what it does elsewhere."""
+    others = dict.fromkeys(["linear", "onednn_linear", "attention", "compiled_attention"], 1.0)
+    others |= {"half_product": 0.5, "tiled_product": 0.25, "add": 2.0, "transform": 1.0}
+    known = costs.Costs(1.0, **others)
+    assert known.outer(8, 2, 3, half=True, tiled=True) == 8 * 2 * 3 * 0.25
+    assert known.outer(8, 2, 3, half=True, tiled=False) == 2 * 3 * (8 * 0.5 + 2)
+    assert known.outer(8, 2, 3, half=False, tiled=False) == 2 * 3 * (8 + 2)

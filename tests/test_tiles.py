@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sdi import amx
 from sdi.sketch import tensorsketch, tiles
 from sdi.sketch.plan import Hashing, MatrixPlan
 
@@ -25,7 +26,7 @@ SHAPES = [
 
 @pytest.fixture
 def kernels() -> ModuleType:
-    found = tiles.compiled()
+    found = amx.kernels("tiles")
     if found is None:
         pytest.skip("this processor has no tiles of bfloat16, or numba is not installed")
     return found
@@ -149,26 +150,85 @@ def test_rounding_is_that_of_torch(kernels: ModuleType) -> None:
     ],
 )
 def test_other_factors_go_the_other_way(
-    rows: int, columns: int, dim: int, kind: torch.dtype, expected: bool
+    rows: int,
+    columns: int,
+    dim: int,
+    kind: torch.dtype,
+    expected: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Sides of other than whole tiles, more rows than buckets and other types are not for tiles,
     and have the same sketch.
     """
     plan = plan_of(rows, columns, dim)
     one, other = factors(2, 7, rows, columns, left=kind, right=kind)
-    assert tiles.fits(plan, one, other) is expected
-    assert not tiles.fits(plan, one[:, :0], other[:, :0])
+    monkeypatch.setattr(amx, "kernels", lambda name: name)
+    assert (tiles.kernels_for(plan, one, other) == "tiles") is expected
+    assert tiles.kernels_for(plan, one[:, :0], other[:, :0]) is None
+    assert tiles.kernels_for(plan, one, other[..., :0]) is None
+    monkeypatch.undo()
     out = torch.zeros(2, dim)
     tensorsketch.add_outer(plan, one, other, out, 1 << 24, half=True, noise=torch.zeros(2))
     exact = exactly(plan, one.to(HALF), other.to(HALF))
     torch.testing.assert_close(out.double(), exact, rtol=0, atol=2**-8 * exact.abs().max().item())
 
 
-def test_without_tiles_nothing_is_asked_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where torch knows of no tiles, or the system does not let us use them, there is no kernel."""
-    for known, granted in (({}, True), ({"amx_tile": True, "amx_bf16": True}, False)):
-        tiles.compiled.cache_clear()
-        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda known=known: known)
-        monkeypatch.setattr(torch.cpu, "_init_amx", lambda granted=granted: granted)
-        assert tiles.compiled() is None
-    tiles.compiled.cache_clear()
+@pytest.mark.parametrize(
+    ("known", "granted", "told"),
+    [
+        ({}, True, None),
+        (dict.fromkeys(amx._TILES, True), False, None),
+        (dict.fromkeys(amx._TILES, True), True, ""),  # NUMBA_CPU_NAME=generic
+        (dict.fromkeys(amx._TILES, True), True, "+avx512f,+amx-tile,+amx-int8"),
+    ],
+)
+def test_without_tiles_nothing_is_asked_of_them(
+    known: dict[str, bool], granted: bool, told: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where torch knows of no tiles, the system does not let us use them, or numba compiles for
+    another processor, for which LLVM would end the process, there is no kernel.
+    """
+    config = pytest.importorskip("numba").core.config
+    amx.kernels.cache_clear()
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
+    monkeypatch.setattr(torch.cpu, "_init_amx", lambda: granted)
+    monkeypatch.setattr(config, "CPU_FEATURES", told)
+    assert amx.kernels("tiles") is None
+    amx.kernels.cache_clear()
+
+
+@pytest.mark.parametrize("limit", [1, 1 << 30])
+def test_a_half_factor_is_widened_a_few_examples_at_a_time(
+    limit: int, kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside one of float32 it is widened, no more of it at once than buffers may take."""
+    plan = plan_of(32, 48, 128)
+    one, other = factors(5, 40, 32, 48, left=HALF, right=torch.float32)
+    taken: list[int] = []
+    add = tiles.add
+
+    def noted(kernels: ModuleType, plan: MatrixPlan, left: Tensor, *others: Tensor) -> Tensor:
+        taken.append(len(left))
+        found = add(kernels, plan, left, *others)
+        assert found is not None
+        return found
+
+    monkeypatch.setattr(tiles, "add", noted)
+    out, noise = torch.zeros(5, 128), torch.zeros(5)
+    sums = tensorsketch.add_outer(plan, one, other, out, limit, half=True, noise=noise)
+    assert taken == ([5] if limit > 1 else [1] * 5)
+    assert sums is not None and sums.shape == (5, 32)
+    expected = exactly(plan, one, other.to(HALF))
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-4)
+
+
+def test_default_devices_do_not_reach_the_kernel(kernels: ModuleType) -> None:
+    """Room that compiled code writes to is on the CPU, whatever torch's default device is."""
+    plan = plan_of(32, 32, 64)
+    one, other = factors(2, 10, 32, 32, left=torch.float32, right=torch.float32)
+    out = torch.zeros(2, 64)
+    amx._kept.__dict__.clear()
+    with torch.device("meta"):
+        tiles.add(kernels, plan, one, other, out, None)
+    expected = exactly(plan, one.to(HALF), other.to(HALF))
+    torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-4)

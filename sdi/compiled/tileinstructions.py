@@ -1,9 +1,9 @@
 """What numba has no words for: tiles of a processor's registers (AMX), and how numbers are packed
 for them. All are functions of compiled code, and what they are given are addresses.
 
-A tile is 16 rows of 64 bytes. Eight are used: 0 to 3 are float32, the four quarters of a product of
-`SPAN` columns and rows; 4 and 5 are bfloat16, `SPAN` tokens of half of the columns each; 6 and 7,
-of rows, with two tokens side by side.
+A tile is 16 rows of 64 bytes. Eight are used: 0 to 3 are float32 or int32, the quarters of a
+product of `SPAN` rows and columns; 4 and 5 are the left factor's, 32 bfloat16 or 64 int8 numbers of
+half of the rows each; 6 and 7 the right one's, two or four numbers of a column side by side.
 """
 
 from __future__ import annotations
@@ -77,28 +77,43 @@ def _begin(_context: Any) -> Any:
     return types.void(), generate
 
 
-def _step(_context: Any, upper: Any, lower: Any, near: Any, far: Any) -> Any:
-    """Add the products of two tiles of columns and two of rows, of 32 tokens, given where."""
+def _step(instruction: str) -> Any:
+    """Add the products of tiles at two addresses with those at two others."""
+
+    def build(_context: Any, upper: Any, lower: Any, near: Any, far: Any) -> Any:
+        def generate(_context: Any, builder: Any, _signature: Any, given: Any) -> None:
+            for tile, place in enumerate(given, 4):
+                _instruct(builder, "tileloadd64", tile, _at(builder, place), ir.Constant(_long, 64))
+            for tile, pair in enumerate(((4, 6), (4, 7), (5, 6), (5, 7))):
+                _instruct(builder, instruction, tile, *pair)
+
+        return types.void(upper, lower, near, far), generate
+
+    return intrinsic(build)
+
+
+def _moved(instruction: str) -> Any:
+    """Tiles 0 to 3 from or to (SPAN, SPAN) numbers of four bytes, rows some bytes apart."""
+
+    def build(_context: Any, product: Any, apart: Any) -> Any:
+        def generate(_context: Any, builder: Any, _signature: Any, given: Any) -> None:
+            lower = builder.add(given[0], builder.mul(given[1], ir.Constant(_long, SIDE)))
+            for tile in range(4):
+                place = _at(builder, lower if tile // 2 else given[0], 64 * (tile % 2))
+                _instruct(builder, instruction, tile, place, given[1])
+
+        return types.void(product, apart), generate
+
+    return intrinsic(build)
+
+
+def _copy_line(_context: Any, source: Any, target: Any) -> Any:
+    """Copy 64 bytes."""
 
     def generate(_context: Any, builder: Any, _signature: Any, given: Any) -> None:
-        for tile, place in enumerate(given, 4):
-            _instruct(builder, "tileloadd64", tile, _at(builder, place), ir.Constant(_long, 64))
-        for tile, pair in enumerate(((4, 6), (4, 7), (5, 6), (5, 7))):
-            _instruct(builder, "tdpbf16ps", tile, *pair)
+        write_vector(builder, given[1], read_vector(builder, given[0], word_type))
 
-    return types.void(upper, lower, near, far), generate
-
-
-def _end(_context: Any, product: Any) -> Any:
-    """Write tiles 0 to 3 as float32 (SPAN, SPAN)."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, given: Any) -> None:
-        width = 4 * SPAN
-        for tile, offset in enumerate((0, 64, SIDE * width, SIDE * width + 64)):
-            place = _at(builder, given[0], offset)
-            _instruct(builder, "tilestored64", tile, place, ir.Constant(_long, width))
-
-    return types.void(product), generate
+    return types.void(source, target), generate
 
 
 def _add_numbers(count: int) -> Any:
@@ -232,8 +247,9 @@ def _pack(kind: Any) -> Any:
 configure: Any = intrinsic(_configure)  # numba fills in the contexts
 release: Any = intrinsic(_release)
 begin: Any = intrinsic(_begin)
-step: Any = intrinsic(_step)
-end: Any = intrinsic(_end)
+copy_line: Any = intrinsic(_copy_line)
+step, byte_step = _step("tdpbf16ps"), _step("tdpbssd")
+resume, end = _moved("tileloadd64"), _moved("tilestored64")
 add_side, add_span = _add_numbers(1), _add_numbers(2)
 turn_words, turn_halves = _turn(word_type), _turn(half_type)
 pack_words, pack_halves = _pack(word_type), _pack(half_type)

@@ -174,7 +174,7 @@ def _multiply(job: Any, room: Any, out: Any, count: Any, row: Any, column: Any, 
             if waiting:  # while the tiles are busy
                 _add(job, out, other_product, *before)
             product, other_product = other_product, product
-            end(other_product)
+            end(other_product, 4 * SPAN)
             before = (row + down, height, column + across, columns)
             waiting = True
     if waiting:

@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sdi import amx
 from sdi.flash import TORCHS, Flash, Options, compiled
 from sdi.sketch import tiles
 from sdi.sketch.kernels import halves, has_numba
@@ -40,8 +41,8 @@ class Costs:
 
     Attributes:
         product: a multiply-add of δᵀa in float32.
-        half_product: the same with bfloat16 factors, on a CPU with their rounding; with the adds
-            where one kernel does both.
+        half_product: the same with bfloat16 factors, on a CPU with their rounding.
+        tiled_product: the same in tile registers, with the adds; infinite where there are none.
         add: one entry of δᵀa into its bucket.
         transform: one of the M·log₂M steps of a token's two transforms, all that is done to its
             spectra included.
@@ -53,6 +54,7 @@ class Costs:
 
     product: float
     half_product: float
+    tiled_product: float
     add: float
     transform: float
     linear: float
@@ -70,8 +72,10 @@ class Costs:
         """Whether compiled attention is the faster by more than these constants vary."""
         return self.compiled_attention < 0.95 * self.attention
 
-    def outer(self, tokens: int, rows: int, columns: int, *, half: bool) -> float:
+    def outer(self, tokens: int, rows: int, columns: int, *, half: bool, tiled: bool) -> float:
         """Nanoseconds an example by way of δᵀa."""
+        if tiled:
+            return rows * columns * tokens * self.tiled_product
         product = self.half_product if half else self.product
         return rows * columns * (tokens * product + self.add)
 
@@ -140,16 +144,20 @@ def _measured(device: torch.device) -> Costs:
         left, right, _ = halves(factor, factor, None)
         torch.bmm(right, left)
 
-    fused = device.type != "cpu" or tiles.compiled() is not None
-
     def product(*, half: bool) -> float:
-        """With the rounding of factors; with the adds where one kernel does both."""
-        if device.type == "cpu" and not (half and fused):
+        """With the rounding of factors; on a GPU with the adds, which the fused kernel does."""
+        if device.type == "cpu":
             return _nanoseconds(rounded if half else lambda: factor.mT @ factor, device)
-        narrow = factor.bfloat16() if half and device.type != "cpu" else factor
+        narrow = factor.bfloat16() if half else factor
         return _nanoseconds(
             lambda: tensorsketch.add_outer(plan, narrow, narrow, out, 1 << 26, half=half), device
         )
+
+    def tiled() -> float:
+        kernels = tiles.kernels_for(plan, factor, factor)
+        if kernels is None:
+            return math.inf
+        return _nanoseconds(lambda: tiles.add(kernels, plan, factor, factor, out, None), device)
 
     def fourier() -> None:
         tensorsketch.add_fourier(plan, factor, factor, spectrum, 1 << 26)
@@ -163,6 +171,7 @@ def _measured(device: torch.device) -> Costs:
         **_attention(device),
         product=product(half=False) / (entries * tokens),
         half_product=product(half=True) / (entries * tokens),
+        tiled_product=tiled() / (entries * tokens),
         add=add / entries,
         transform=_nanoseconds(fourier, device) / (batch * tokens * dim * math.log2(dim)),
     )
@@ -240,6 +249,8 @@ def _key(device: torch.device) -> str:
         name = str(_abilities().get("cpu_name", platform.processor()))
     kernel = f"numba {version('numba')}" if has_numba() else "scattered adds"
     half = "bfloat16" if multiplies_bfloat16(device) else "float32"
+    if device.type == "cpu" and amx.kernels("tiles") is not None:
+        half = "tiles of bfloat16"
     said = (_VERSION, f"torch {torch.__version__}", device.type, name, kernel, half)
     return ", ".join(map(str, said))
 

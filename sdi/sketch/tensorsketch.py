@@ -10,7 +10,8 @@ Which is cheaper is a matter of the machine (`sdi.sketch.costs`): wide layers on
 `fourier`, most others to `outer`. Sources: Pagh, "Compressed matrix multiplication" (2013), eq. 4;
 SDI, arXiv 2602.10097, section 4.
 
-The product of `outer` may round its factors to bfloat16 (and itself, with float32 sums). That moves
+The product of `outer` may round its factors to bfloat16 (and itself, with float32 sums, where it is
+not made in tile registers, `sdi.sketch.tiles`). That moves
 a sketch by about `ROUNDING`·√(Σ_n ‖left_n‖²‖right_n‖²): 0.2 to 0.3 % of the gradient's norm, where
 the sketch's own error is 1/√M of it, 1.6 % at M = 4096. Where tokens cancel it is more; so that
 sum is kept, and rows in which it is too much are sketched again without rounding (`Sketcher`). The
@@ -47,12 +48,11 @@ ROUNDING = 2.3e-3
 """Relative error of a product of two rounded factors, root mean square: √2 times that of one."""
 
 
-def choose(
-    tokens: int, rows: int, columns: int, dim: int, device: torch.device, *, half: bool = False
-) -> Method:
-    """The cheaper evaluation of one use with `tokens` tokens an example."""
-    known = costs(device)
-    outer = known.outer(tokens, rows, columns, half=half)
+def choose(plan: MatrixPlan, left: Tensor, right: Tensor, *, half: bool = False) -> Method:
+    """The cheaper evaluation of one use, whose factors are as for `add_outer`."""
+    known, (_, tokens, rows), dim = costs(left.device), left.shape, plan.dim
+    tiled = half and tiles.kernels_for(plan, left, right) is not None
+    outer = known.outer(tokens, rows, right.shape[2], half=half, tiled=tiled)
     return "outer" if outer <= known.fourier(tokens, dim) else "fourier"
 
 
@@ -99,16 +99,23 @@ def add_outer(
             noise.addcmul_(size, size)
         kernels.outer(plan, left.to(dtype), right.to(dtype), out, limit=limit)
         return None
-    if half and tiles.fits(plan, left, right) and (in_tiles := tiles.compiled()) is not None:
-        return tiles.add(in_tiles, plan, left, right, out, noise)
-    each = dtype.itemsize * left.shape[2] * right.shape[2]
-    cached = max(PRODUCT, each * team.size()) if left.device.type == "cpu" else limit
+    in_tiles = tiles.kernels_for(plan, left, right) if half else None
+    if in_tiles is None:
+        each = dtype.itemsize * left.shape[2] * right.shape[2]
+        cached = max(PRODUCT, each * team.size()) if left.device.type == "cpu" else limit
+    else:  # nothing but the half factor that is widened beside one of float32
+        mixed = noise is not None and left.dtype != right.dtype
+        each = 4 * left.shape[1] * (left.shape[2] + right.shape[2]) if mixed else 1
+        cached = limit
     most = max(1, min(limit, cached) // each)
     count = max(1, math.ceil(len(left) / most))
     parts = [tensor.tensor_split(count) for tensor in (left, right, out)]
     noises = [None] * count if noise is None else noise.tensor_split(count)
     summed: list[Tensor | None] = []
     for one, other, buckets, rough in zip(*parts, noises, strict=True):
+        if in_tiles is not None:
+            summed.append(tiles.add(in_tiles, plan, one, other, buckets, rough))
+            continue
         if half:
             narrow, turned, sums = halves(one, other, rough)
         else:

@@ -1,0 +1,67 @@
+"""Kernels for processors whose registers hold tiles of matrices (AMX), and what these are given."""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from sdi import team
+
+_TILES = ("amx_tile", "amx_bf16", "amx_int8")
+
+
+@cache
+def kernels(name: str) -> ModuleType | None:
+    """A file of `sdi.compiled` that needs tiles, where the processor has them, the system lets us
+    use them and numba compiles for them: LLVM ends the process where it does not know them.
+    """
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    if not all(known.get(each) for each in _TILES) or not _compiled_for():
+        return None
+    return team.kernels(name) if getattr(torch.cpu, "_init_amx", bool)() else None
+
+
+def _compiled_for() -> bool:
+    """Whether numba's target has tiles; it is this processor, unless a user told it otherwise."""
+    if importlib.util.find_spec("numba") is None:
+        return False
+    from llvmlite import binding
+    from numba.core import config
+
+    told = getattr(config, "CPU_FEATURES", None)
+    if told is None:
+        told = binding.get_host_cpu_features().flatten()
+    return {f"+{each.replace('_', '-')}" for each in _TILES} <= set(told.split(","))
+
+
+@cache
+def configuration() -> npt.NDArray[np.uint8]:
+    """Eight tiles of 16 rows of 64 bytes, as the processor is told."""
+    told = np.zeros(64, dtype=np.uint8)
+    told[0] = 1
+    told[16:32:2], told[48:56] = 64, 16
+    return told
+
+
+_kept = threading.local()
+
+
+def rooms(size: int) -> Tensor:
+    """So many bytes, the same ones for each call of a thread: caches hold them."""
+    known: Tensor | None = getattr(_kept, "rooms", None)
+    if known is None or len(known) < size:
+        known = _kept.rooms = torch.empty(size, dtype=torch.uint8, device="cpu")
+    return known
+
+
+def up(number: int, multiple: int) -> int:
+    """The next multiple."""
+    return -(-number // multiple) * multiple
