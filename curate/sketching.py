@@ -27,7 +27,7 @@ from curate.coverage import recorded
 from curate.errors import CurateError, UsageError
 from curate.examples import ExampleSet
 from curate.manifest import LoopEntry, Manifest, ModelEntry, SketchEntry
-from curate.memory import ran_out
+from curate.memory import GIVEN_BACK, give_back, ran_out
 from curate.rundir import RunDirectory
 from curate.settle import checkpoint_entry
 from curate.shardbuffer import ShardBuffer
@@ -358,7 +358,9 @@ class _Session:
         label = f"sketch {task.set} at {task.checkpoint}"
         lengths = np.asarray(examples.lengths)
         self.progress(label, self.done, self.total)
-        for batch in self._batches(task, examples):
+        for number, batch in enumerate(self._batches(task, examples)):
+            if number % GIVEN_BACK == 0:
+                give_back()
             self.tried = batch.shape
             part = sketched(sketcher, batch, self.device)
             self.detached.update(part.detached)

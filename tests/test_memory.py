@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from curate import memory
-from curate.memory import CPU_SPILL, available, peak_of, ran_out, sized
+from curate.memory import CPU_SPILL, available, give_back, peak_of, ran_out, sized
 
 CPU = torch.device("cpu")
 
@@ -116,3 +116,34 @@ def test_running_out_is_told_from_other_errors() -> None:
 def test_bytes_read_well() -> None:
     """Gibibytes from one on, mebibytes below."""
     assert (sized(3.24 * 2**30), sized(48 * 2**20)) == ("3.2 GiB", "48 MiB")
+
+
+@pytest.mark.skipif(memory._trim() is None, reason="another allocator than glibc's")
+def test_what_nothing_uses_is_given_back() -> None:
+    """Blocks freed between others stay with the process until it is asked to give them back."""
+
+    def held() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    size, count = 60_000, 2000
+    kept = []
+    for _ in range(count):  # below what malloc takes from the system block by block
+        kept.append((bytearray(b"x" * size), bytearray(b"y" * 1000)))
+    kept = [small for _, small in kept]
+    before = held()
+    give_back()
+    assert len(kept) == count
+    assert held() < before - count * size // 2
+
+
+def test_other_allocators_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where memory cannot be given back, nothing is done."""
+
+    def without(_name: None) -> object:
+        return object()
+
+    memory._trim.cache_clear()
+    monkeypatch.setattr(memory.ctypes, "CDLL", without)
+    assert memory._trim() is None
+    give_back()
+    memory._trim.cache_clear()
