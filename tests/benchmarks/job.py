@@ -60,7 +60,7 @@ def sides(ours: Sequence[int], published: Sequence[int]) -> tuple[Side, Side]:
     each row, so it is given its fastest.
     """
     return (
-        Side("ours", "job_ours.py", None, (2048, 4096, 8192), tuple(ours), 256, 0.9),
+        Side("ours", "job_ours.py", None, (2048, 3072, 4096, 8192), tuple(ours), 256, 0.9),
         Side("published", "job_published.py", PUBLISHED, (1, 2, 4, 8, 16), tuple(published), 32),
     )
 

@@ -102,7 +102,7 @@ def scores(folder: Path) -> Iterator[Line]:
     from curate.scoresettings import ScoreSettings, chosen_weights
     from curate.survey import survey
     from curate.surveyplan import Ranking, planned
-    from sdi import team
+    from sdi import amx, team
 
     run = RunDirectory.open(folder)
     forget(run, "measured")
@@ -112,6 +112,7 @@ def scores(folder: Path) -> Iterator[Line]:
     vectors = scoring.vectors(Groups.single(0, queries))
     given = (product, vectors, scoring.side.masks, Ranking("total"))
     begin = time.perf_counter()
+    amx.kernels("bytetiles")
     team.kernels("scores")
     loading = time.perf_counter() - begin
     _, bound = planned(*given)
