@@ -88,14 +88,18 @@ class Operand:
         """D, how many digits the vectors have; 0 for float32."""
         return 0 if self.scale is None else self.width // self.count
 
-    def products(self, rows: Tensor, place: int = 0) -> Tensor:
+    def products(self, rows: Tensor, place: int = 0, *, tiled: bool = False) -> Tensor:
         """Inner products of int8 rows (R, M) with each column, int32 or float32 (R, width or more).
 
         On the CPU they are written over what the thread was given last for that `place`.
+
+        Args:
+            tiled: whether there is so much to do that loading a kernel pays, where there is one.
         """
         if self.scale is None:
             return _widened_product(rows, self.columns, place)
-        kernels = amx.kernels("bytetiles") if len(rows) >= _TILED and rows.stride(1) == 1 else None
+        assert rows.dtype == torch.int8 and rows.shape[1] == len(self.columns), rows.shape
+        kernels = amx.kernels("bytetiles") if tiled and rows.stride(1) == 1 else None
         if kernels is None or rows.shape[1] % kernels.LINE:
             out = _room(place, torch.int32, len(rows), self.width)
             return torch._int_mm(rows, self.columns, out=out)
@@ -129,8 +133,6 @@ class Operand:
 
 
 _kept = threading.local()
-_TILED = 64
-"""Rows from which products are taken in tiles: to fewer the vectors are not worth packing."""
 
 
 def _room(place: int, dtype: torch.dtype, rows: int, width: int) -> Tensor:

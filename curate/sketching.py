@@ -186,6 +186,7 @@ class _Session:
     base: dict[str, Tensor] | None = None
     tried: tuple[int, int] = (0, 0)
     repeated: int = 0
+    batches: int = 0
 
     def go(
         self,
@@ -213,6 +214,7 @@ class _Session:
         for checkpoint, tasks in work:
             for task in self._checkpoint(body, checkpoint, tasks, sets):
                 rows[task.set] = rows.get(task.set, 0) + task.last - task.first
+        give_back()
         return SketchReport(sum(len(tasks) for _, tasks in work), rows, self.repeated)
 
     def _settle(
@@ -358,9 +360,10 @@ class _Session:
         label = f"sketch {task.set} at {task.checkpoint}"
         lengths = np.asarray(examples.lengths)
         self.progress(label, self.done, self.total)
-        for number, batch in enumerate(self._batches(task, examples)):
-            if number % GIVEN_BACK == 0:
+        for batch in self._batches(task, examples):
+            if self.batches % GIVEN_BACK == 0:
                 give_back()
+            self.batches += 1
             self.tried = batch.shape
             part = sketched(sketcher, batch, self.device)
             self.detached.update(part.detached)

@@ -91,7 +91,9 @@ class Taken:
     ) -> tuple[Moments, Hits] | None:
         """In one pass over the products; None where a score is not finite."""
         parts = list(product.parts(bound, start, stop))
-        wholes = [part.operand.products(part.rows, place) for place, part in enumerate(parts)]
+        wholes = [
+            part.operand.products(part.rows, place, tiled=True) for place, part in enumerate(parts)
+        ]
         plan = np.array([_numbers(*each) for each in zip(parts, wholes, strict=True)])
         rows, (columns, queries) = stop - start, bound.shape
         assert self.shares.shape == (3, columns, queries) and limits.shape == (queries,)

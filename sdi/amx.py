@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import threading
 from functools import cache
 from types import ModuleType
@@ -31,14 +30,15 @@ def kernels(name: str) -> ModuleType | None:
 
 def _compiled_for() -> bool:
     """Whether numba's target has tiles; it is this processor, unless a user told it otherwise."""
-    if importlib.util.find_spec("numba") is None:
-        return False
-    from llvmlite import binding
-    from numba.core import config
+    try:
+        from llvmlite import binding
+        from numba.core import config
 
-    told = getattr(config, "CPU_FEATURES", None)
-    if told is None:
-        told = binding.get_host_cpu_features().flatten()
+        told = getattr(config, "CPU_FEATURES", None)
+        if told is None:
+            told = binding.get_host_cpu_features().flatten()
+    except Exception:  # not installed, or broken: `team.kernels` says so where it is asked
+        return False
     return {f"+{each.replace('_', '-')}" for each in _TILES} <= set(told.split(","))
 
 

@@ -61,8 +61,8 @@ def test_any_vectors(integers: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("rows", "count"), [(64, 1), (65, 33), (128, 5), (300, 40)])
 @pytest.mark.parametrize("dim", [64, 448, 576, 1088, 600])
 def test_products_in_tiles_are_exact(dim: int, rows: int, count: int, threads: int) -> None:
-    """Many rows are multiplied as few are, in whole numbers, also the extreme ones; of rows that
-    are apart only their own numbers are read.
+    """A kernel multiplies as torch does, in whole numbers, also the extreme ones; of rows that are
+    apart only their own numbers are read.
     """
     if not multiply.exact_integers():
         pytest.skip("this processor has no fast exact int8 products")
@@ -75,12 +75,13 @@ def test_products_in_tiles_are_exact(dim: int, rows: int, count: int, threads: i
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        found = operand.products(torch.from_numpy(stored)[:, 0])
+        found = operand.products(torch.from_numpy(stored)[:, 0], tiled=True)
     finally:
         torch.set_num_threads(before)
     assert found.shape[0] == rows
     np.testing.assert_array_equal(found[:, :count].numpy(), expected)
-    some = operand.some(torch.tensor([count - 1, 0])).products(torch.from_numpy(stored)[:, 0])
+    other = operand.some(torch.tensor([count - 1, 0]))
+    some = other.products(torch.from_numpy(stored)[:, 0], tiled=True)
     np.testing.assert_array_equal(some[:, :2].numpy(), expected[:, [count - 1, 0]])
 
 

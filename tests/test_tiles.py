@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from types import ModuleType
 
 import pytest
@@ -195,6 +196,12 @@ def test_without_tiles_nothing_is_asked_of_them(
     monkeypatch.setattr(config, "CPU_FEATURES", told)
     assert amx.kernels("tiles") is None
     amx.kernels.cache_clear()
+
+
+def test_a_broken_compiler_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where numba is there and cannot be loaded, torch serves."""
+    monkeypatch.setitem(sys.modules, "llvmlite", None)
+    assert not amx._compiled_for()
 
 
 @pytest.mark.parametrize("limit", [1, 1 << 30])
