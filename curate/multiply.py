@@ -16,7 +16,6 @@ Letters: R rows, V vectors, M sketch dimension.
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
@@ -109,7 +108,7 @@ class Operand:
         size = kernels.CHUNK * dim
         threads = min(team.size(), -(-height // kernels.CHUNK))
         addresses = (rows.data_ptr(), rows.stride(0), packed.data_ptr(), out.data_ptr())
-        room = amx.configuration().ctypes.data, amx.rooms(threads * size).data_ptr(), size
+        room = amx.configuration().ctypes.data, amx.rooms(threads * size), size
         team.run(kernels.multiplied, (0, 0, len(rows), dim, width, *addresses, *room), threads)
         return out[: len(rows)]
 
@@ -132,20 +131,9 @@ class Operand:
         return product.mul_(self.scale.to(dtype))
 
 
-_kept = threading.local()
-
-
 def _room(place: int, dtype: torch.dtype, rows: int, width: int) -> Tensor:
-    """(rows, width), not filled, always the same memory of the thread for a place and type.
-
-    Memory that malloc finds anew each time costs a product a quarter more: no cache holds it.
-    """
-    rooms: dict[tuple[int, torch.dtype], Tensor] = _kept.__dict__.setdefault("rooms", {})
-    room = rooms.get((place, dtype))
-    if room is None or len(room) < rows * width:
-        with torch.inference_mode(False):  # it is used again, perhaps outside
-            room = rooms[place, dtype] = torch.empty(rows * width, dtype=dtype, device="cpu")
-    return room[: rows * width].view(rows, width)
+    """(rows, width) that the thread's next product of that place is written over."""
+    return team.room(f"products {place}", dtype, rows * width).view(rows, width)
 
 
 def _filled(columns: Tensor) -> Tensor:

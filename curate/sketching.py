@@ -186,7 +186,7 @@ class _Session:
     base: dict[str, Tensor] | None = None
     tried: tuple[int, int] = (0, 0)
     repeated: int = 0
-    batches: int = 0
+    passes: int = 0
 
     def go(
         self,
@@ -361,9 +361,9 @@ class _Session:
         lengths = np.asarray(examples.lengths)
         self.progress(label, self.done, self.total)
         for batch in self._batches(task, examples):
-            if self.batches % GIVEN_BACK == 0:
+            if self.passes % GIVEN_BACK == 0:
                 give_back()
-            self.batches += 1
+            self.passes += 1
             self.tried = batch.shape
             part = sketched(sketcher, batch, self.device)
             self.detached.update(part.detached)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -10,11 +9,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from sdi import team
 
 _TILES = ("amx_tile", "amx_bf16", "amx_int8")
+
+
+def abilities() -> dict[str, Any]:
+    """What torch says of the processor; nothing where torch is too old to say."""
+    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return found
 
 
 @cache
@@ -22,7 +26,7 @@ def kernels(name: str) -> ModuleType | None:
     """A file of `sdi.compiled` that needs tiles, where the processor has them, the system lets us
     use them and numba compiles for them: LLVM ends the process where it does not know them.
     """
-    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    known = abilities()
     if not all(known.get(each) for each in _TILES) or not _compiled_for():
         return None
     return team.kernels(name) if getattr(torch.cpu, "_init_amx", bool)() else None
@@ -51,15 +55,9 @@ def configuration() -> npt.NDArray[np.uint8]:
     return told
 
 
-_kept = threading.local()
-
-
-def rooms(size: int) -> Tensor:
-    """So many bytes, the same ones for each call of a thread: caches hold them."""
-    known: Tensor | None = getattr(_kept, "rooms", None)
-    if known is None or len(known) < size:
-        known = _kept.rooms = torch.empty(size, dtype=torch.uint8, device="cpu")
-    return known
+def rooms(size: int) -> int:
+    """The address of so many bytes, the same ones for each call of a thread."""
+    return team.room("tiles", torch.uint8, size).data_ptr()
 
 
 def up(number: int, multiple: int) -> int:

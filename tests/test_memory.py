@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from curate import memory
+from curate import memory, sketching
 from curate.memory import CPU_SPILL, available, give_back, peak_of, ran_out, sized
+from curate.sketching import sketch_run
+from tests.loopedrun import LOOP, OPTIONS, checkpoints, factory, make_run
 
 CPU = torch.device("cpu")
 
@@ -147,3 +151,24 @@ def test_other_allocators_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     assert memory._trim() is None
     give_back()
     memory._trim.cache_clear()
+
+
+def test_memory_is_given_back_as_batches_go_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the first batch, after so many of whatever shards, and at the end."""
+    events: list[str] = []
+    monkeypatch.setattr(sketching, "GIVEN_BACK", 2)
+    monkeypatch.setattr(sketching, "give_back", lambda: events.append("back"))
+    sketched = sketching.sketched
+
+    def noted(*given: Any) -> Any:
+        events.append("batch")
+        return sketched(*given)
+
+    monkeypatch.setattr(sketching, "sketched", noted)
+    options = replace(OPTIONS, budget_tokens=64)
+    sketch_run(make_run(tmp_path), factory, LOOP, checkpoints(tmp_path), options=options)
+    assert events[:4] == ["back", "batch", "batch", "back"]
+    assert events.count("back") == (events.count("batch") + 1) // 2 + 1
+    assert events[-1] == "back"

@@ -12,6 +12,7 @@ import torch
 from curate import multiply
 from curate.multiply import Operand, digits_of
 from curate.workers import in_order
+from sdi import team
 from sdi.sketch.quantize import quantize
 
 CPU = torch.device("cpu")
@@ -89,7 +90,7 @@ def test_room_that_is_kept_serves_inside_and_outside_of_inference_mode() -> None
     """Products are written over the last ones, whether or not these were made for inference."""
     rows = torch.from_numpy(sketches(8, 128)[0])
     operand = Operand.of(np.ones((3, 128), np.float32), CPU)
-    multiply._kept.__dict__.clear()
+    team._kept.__dict__.clear()
     with torch.inference_mode():
         first = operand.times(rows)
     assert torch.equal(operand.times(rows), first)

@@ -389,13 +389,3 @@ def test_the_cheaper_is_chosen(
     monkeypatch.setattr(tensorsketch, "costs", lambda _: costs.Costs(0.01, **others))
     left, right = torch.zeros(1, tokens, rows), torch.zeros(1, tokens, columns)
     assert tensorsketch.choose(plan_of(rows, columns, dim), left, right) == expected
-
-
-def test_products_in_tiles_have_a_cost_of_their_own() -> None:
-    """It counts the adds; what does not fit into tiles costs what it does elsewhere."""
-    others = dict.fromkeys(["linear", "onednn_linear", "attention", "compiled_attention"], 1.0)
-    others |= {"half_product": 0.5, "tiled_product": 0.25, "add": 2.0, "transform": 1.0}
-    known = costs.Costs(1.0, **others)
-    assert known.outer(8, 2, 3, half=True, tiled=True) == 8 * 2 * 3 * 0.25
-    assert known.outer(8, 2, 3, half=True, tiled=False) == 2 * 3 * (8 * 0.5 + 2)
-    assert known.outer(8, 2, 3, half=False, tiled=False) == 2 * 3 * (8 + 2)

@@ -17,7 +17,6 @@ from polars.testing import assert_frame_equal
 from torch import Tensor, nn
 
 import sdi
-from curate import sketching
 from curate.errors import CurateError
 from curate.manifest import Manifest
 from curate.rank import rank
@@ -192,26 +191,6 @@ def test_the_budget_of_the_first_call_stays(run: RunDirectory) -> None:
     whole = make_run(run.path.parent / "whole")
     sketch(whole)
     assert digests(run) == digests(whole)
-
-
-def test_memory_is_given_back_as_batches_go_by(
-    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Before the first batch, after so many of whatever shards, and at the end."""
-    events: list[str] = []
-    monkeypatch.setattr(sketching, "GIVEN_BACK", 2)
-    monkeypatch.setattr(sketching, "give_back", lambda: events.append("back"))
-    sketched = sketching.sketched
-
-    def noted(*given: Any) -> Any:
-        events.append("batch")
-        return sketched(*given)
-
-    monkeypatch.setattr(sketching, "sketched", noted)
-    sketch(run, replace(OPTIONS, budget_tokens=64))
-    assert events[:4] == ["back", "batch", "batch", "back"]
-    assert events.count("back") == (events.count("batch") + 1) // 2 + 1
-    assert events[-1] == "back"
 
 
 def test_another_batch_size_gives_the_same_sketches(run: RunDirectory) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sdi import amx
-from sdi.sketch import tensorsketch, tiles
+from sdi.sketch import costs, tensorsketch, tiles
 from sdi.sketch.plan import Hashing, MatrixPlan
 
 HALF = torch.bfloat16
@@ -234,8 +234,18 @@ def test_default_devices_do_not_reach_the_kernel(kernels: ModuleType) -> None:
     plan = plan_of(32, 32, 64)
     one, other = factors(2, 10, 32, 32, left=torch.float32, right=torch.float32)
     out = torch.zeros(2, 64)
-    amx._kept.__dict__.clear()
+    tiles.team._kept.__dict__.clear()
     with torch.device("meta"):
         tiles.add(kernels, plan, one, other, out, None)
     expected = exactly(plan, one.to(HALF), other.to(HALF))
     torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-4)
+
+
+def test_products_in_tiles_have_a_cost_of_their_own() -> None:
+    """It counts the adds; what does not fit into tiles costs what it does elsewhere."""
+    others = dict.fromkeys(["linear", "onednn_linear", "attention", "compiled_attention"], 1.0)
+    others |= {"half_product": 0.5, "tiled_product": 0.25, "add": 2.0, "transform": 1.0}
+    known = costs.Costs(1.0, **others)
+    assert known.outer(8, 2, 3, half=True, tiled=True) == 8 * 2 * 3 * 0.25
+    assert known.outer(8, 2, 3, half=True, tiled=False) == 2 * 3 * (8 * 0.5 + 2)
+    assert known.outer(8, 2, 3, half=False, tiled=False) == 2 * 3 * (8 + 2)

@@ -1,10 +1,10 @@
 """Products of int8 rows with vectors, exact in int32, in tile registers (AMX).
 
 A tile is 16 rows of 64 bytes; one instruction multiplies two tiles of int8 and adds to a third, of
-int32. Vectors are packed once, four numbers of each side by side (`sdi.bytetiles`); rows are copied
-to a thread's room a few dozen at a time, since as they lie the same column of all of them falls
-into one place of a cache. Of these, stretches of columns are multiplied in turn, for what is read
-again and again to be in the nearest cache.
+int32. Vectors are packed once, four numbers of each side by side (`curate.multiply`); rows are
+copied to a thread's room some dozens at a time, since as they lie the same column of all of them
+falls into one place of a cache. Of these, stretches of columns are multiplied in turn, for what is
+read again and again to be in the nearest cache.
 
 A turn is `CHUNK` rows.
 """
@@ -78,7 +78,7 @@ def _multiply(job: Any, room: Any, first: Any, tiles: Any) -> None:
 
 @kernel
 def multiplied(address: Any) -> None:
-    """See `sdi.bytetiles`; `OUT` has room for whole spans of rows."""
+    """See `curate.multiply.Operand.products`; `OUT` has room for whole spans of rows."""
     job = carray(address, (SIZE + 1,), np.int64)
     room = job[ROOMS] + job[SIZE] * turn(address, BEGUN)
     tiles = job[DIM] // LINE

@@ -41,6 +41,11 @@ def vector(kind: Any) -> Any:
     return ir.VectorType(kind, SIDE)
 
 
+def each(value: int) -> Any:
+    """A vector of words that are all the same."""
+    return ir.Constant(vector(word_type), [value] * SIDE)
+
+
 def read_vector(builder: Any, place: Any, kind: Any) -> Any:
     """The vector at an address."""
     return builder.load(builder.inttoptr(place, vector(kind).as_pointer()), align=2)
@@ -53,10 +58,6 @@ def write_vector(builder: Any, place: Any, vector: Any) -> None:
 
 def rounded(builder: Any, words: Any) -> Any:
     """Of float32 numbers, as their bits, the nearest bfloat16; of two as near the even one."""
-
-    def each(value: int) -> Any:
-        return ir.Constant(words.type, [value] * SIDE)
-
     odd = builder.and_(builder.lshr(words, each(16)), each(1))
     near = builder.lshr(builder.add(builder.add(words, each(0x7FFF)), odd), each(16))
     magnitude = builder.and_(words, each(0x7FFFFFFF))
@@ -85,7 +86,7 @@ def _squared(builder: Any, columns: list[Any]) -> Any:
     total = ir.Constant(vector(number_type), [0.0] * SIDE)
     for column in columns:
         wide = builder.zext(column, vector(word_type))
-        bits = builder.shl(wide, ir.Constant(wide.type, [16] * SIDE))
+        bits = builder.shl(wide, each(16))
         number = builder.bitcast(bits, vector(number_type))
         total = builder.fadd(total, builder.fmul(number, number))
     return total

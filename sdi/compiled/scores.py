@@ -1,9 +1,9 @@
 """What a survey keeps of a block of rows, from the products of its rows with all vectors.
 
 `curate.multiply` writes vectors in digits, whose products with int8 sketches are int32; a survey
-(`curate.survey`) joins them to scores, and takes moments and the best rows. In torch that is two
-dozen passes over a block, which take as long as the product where that is quick. Here it is one,
-by one thread.
+(`curate.surveyplan`) joins them to scores, and takes moments and the best rows. In torch that is
+two dozen passes over a block, which take as long as the product where that is quick. Here it is
+one, by one thread.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def _not_finite(numbers: Any) -> Any:
 
 @kernel
 def surveyed(address: Any) -> None:
-    """See `curate.survey`."""
+    """See `curate.surveyplan.Taken`."""
     job = carray(address, (COUNT + 1,), np.int64)
     unit = np.float32(carray(_doubles(job.ctypes.data), (COUNT + 1,))[UNIT])
     rows, columns, queries = job[ROWS], job[COLUMNS], job[QUERIES]

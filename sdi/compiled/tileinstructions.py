@@ -16,6 +16,7 @@ from numba.extending import intrinsic
 
 from sdi.compiled.factors import (
     SIDE,
+    each,
     half_type,
     number_type,
     read_vector,
@@ -36,7 +37,7 @@ _byte, _long = ir.IntType(8), ir.IntType(64)
 
 def _instruct(builder: Any, name: str, *given: Any) -> None:
     """An instruction of the processor, of addresses, strides and, as bytes, the tiles' numbers."""
-    values = [ir.Constant(_byte, each) if isinstance(each, int) else each for each in given]
+    values = [ir.Constant(_byte, one) if isinstance(one, int) else one for one in given]
     kind = ir.FunctionType(ir.VoidType(), [value.type for value in values])
     known = builder.module.globals.get(f"llvm.x86.{name}")
     builder.call(known or ir.Function(builder.module, kind, f"llvm.x86.{name}"), values)
@@ -123,7 +124,7 @@ def _add_numbers(count: int) -> Any:
         def generate(_context: Any, builder: Any, _signature: Any, given: Any) -> None:
             empty = ir.Constant(vector(number_type), ir.Undefined)
             one = builder.insert_element(empty, given[2], ir.Constant(ir.IntType(32), 0))
-            signs = builder.shuffle_vector(one, empty, ir.Constant(vector(word_type), [0] * SIDE))
+            signs = builder.shuffle_vector(one, empty, each(0))
             for part in range(count):
                 at = ir.Constant(_long, 4 * SIDE * part)
                 target, source = (builder.add(place, at) for place in given[:2])
@@ -136,21 +137,16 @@ def _add_numbers(count: int) -> Any:
     return intrinsic(build)
 
 
-def _each(value: int) -> Any:
-    """A vector of words that are all the same."""
-    return ir.Constant(vector(word_type), [value] * SIDE)
-
-
 def _paired(builder: Any, first: Any, second: Any) -> Any:
     """bfloat16 numbers of two tokens side by side, as words."""
     one, two = (builder.zext(half, vector(word_type)) for half in (first, second))
-    return builder.or_(one, builder.shl(two, _each(16)))
+    return builder.or_(one, builder.shl(two, each(16)))
 
 
 def _signed(builder: Any, pairs: Any, signs: Any) -> Any:
     """Both of each pair times the sign of a float, given its bits."""
-    negative = builder.and_(signs, _each(1 << 31))
-    return builder.xor(pairs, builder.or_(negative, builder.lshr(negative, _each(16))))
+    negative = builder.and_(signs, each(1 << 31))
+    return builder.xor(pairs, builder.or_(negative, builder.lshr(negative, each(16))))
 
 
 def _turn(kind: Any) -> Any:
@@ -177,8 +173,8 @@ def _turn(kind: Any) -> Any:
                     into = builder.add(squares, ir.Constant(_long, 64 * odd))
                     total = read_vector(builder, into, number_type)
                     for column in columns:
-                        even = builder.shl(column, _each(16))
-                        bits = builder.and_(column, _each(0xFFFF0000)) if odd else even
+                        even = builder.shl(column, each(16))
+                        bits = builder.and_(column, each(0xFFFF0000)) if odd else even
                         number = builder.bitcast(bits, vector(number_type))
                         total = _fused(builder, number, number, total)
                     write_vector(builder, into, total)

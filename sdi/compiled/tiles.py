@@ -51,8 +51,8 @@ tiles' configuration; of the threads' rooms, and a room's bytes."""
 PACKED, LENGTHS, SQUARES, PRODUCT, REST, ZEROS = range(27, 33)
 """Where in a room, which begins with the packed right factor: the left one's block; (stretch, 16)
 and (stretch,) float32, squared lengths of the left one's tokens in parts, and of the right one's;
-the four tiles of two products; (32, C) numbers, the last tokens; and as many
-zeros as a block has rows."""
+the four tiles of two products; (32, C) numbers, the last tokens; and as many zeros as a block has
+rows."""
 _LENGTH = ZEROS + 1
 
 _places, _floats = pointer(types.int64), pointer(types.float32)
@@ -66,11 +66,25 @@ def _zero(place: Any, count: Any) -> None:
 
 
 @numba.njit
+def _spans(count: Any) -> Any:
+    """How many spans as many tokens or columns are, the last perhaps a part."""
+    return (count + SPAN - 1) // SPAN
+
+
+@numba.njit
 def _apart(count: Any) -> Any:
     """Bytes between packed tiles of as many tokens and those of the next rows or columns: a line of
     a cache more than there are, for a power of two would put all in the same few places of it.
     """
-    return (count + SPAN - 1) // SPAN * TILE + 64
+    return _spans(count) * TILE + 64
+
+
+@numba.njit
+def _given(job: Any, factor: Any, example: Any, token: Any) -> Any:
+    """Where a factor's token is, the bytes to the next token, and those of a number."""
+    size = 4 if job[factor + 3] else 2
+    apart = size * job[factor + 2]
+    return job[factor] + size * example * job[factor + 1] + token * apart, apart, size
 
 
 @numba.njit
@@ -78,18 +92,16 @@ def _pack_left(
     job: Any, room: Any, example: Any, token: Any, count: Any, row: Any, summed: Any
 ) -> None:
     """A block of rows from `row` on, of `count` tokens from `token` on; sums go to `summed`."""
-    whole, apart = job[LEFT + 3], job[LEFT + 2]
-    size = 4 if whole else 2
-    source = job[LEFT] + size * (example * job[LEFT + 1] + token * apart + row)
-    padded = (count + SPAN - 1) // SPAN * SPAN
+    start, apart, size = _given(job, LEFT, example, token)
+    source = start + size * row
     tiles = min(job[BLOCK], job[ROWS] - row) // SIDE
     signs, sums = job[ROW_SIGN] + 4 * row, summed + 4 * row
-    for first in range(0, padded, 2):
-        one = source + size * apart * first if first < count else room + job[ZEROS]
-        two = source + size * apart * (first + 1) if first + 1 < count else room + job[ZEROS]
+    for first in range(0, _spans(count) * SPAN, 2):
+        one = source + apart * first if first < count else room + job[ZEROS]
+        two = source + apart * (first + 1) if first + 1 < count else room + job[ZEROS]
         target = room + job[PACKED] + TILE * (first // SPAN) + 32 * (first % SPAN)
         lengths = room + job[LENGTHS] + 64 * first
-        if whole:
+        if job[LEFT + 3]:
             pack_words(one, two, target, _apart(count), signs, lengths, sums, tiles)
         else:
             pack_halves(one, two, target, _apart(count), signs, lengths, sums, tiles)
@@ -100,10 +112,8 @@ def _pack_right(
     job: Any, room: Any, example: Any, token: Any, count: Any, column: Any, last: Any
 ) -> None:
     """Columns from `column` to `last`, of `count` tokens from `token` on."""
-    whole, apart = job[RIGHT + 3], job[RIGHT + 2]
-    size = 4 if whole else 2
-    source = job[RIGHT] + size * (example * job[RIGHT + 1] + token * apart + column)
-    width, apart = last - column, size * apart
+    start, apart, size = _given(job, RIGHT, example, token)
+    source, width = start + size * column, last - column
     for first in range(0, count, SPAN):
         place, between = source + apart * first, apart
         if first + SPAN > count:  # the last ones, and zeros
@@ -112,7 +122,7 @@ def _pack_right(
         squares = room + job[SQUARES] + 4 * first
         for own in range(0, width, SIDE):
             target = room + _apart(count) * (own // SIDE) + TILE * (first // SPAN)
-            if whole:
+            if job[RIGHT + 3]:
                 turn_words(place + size * own, between, target, squares)
             else:
                 turn_halves(place + size * own, between, target, squares)
@@ -154,7 +164,7 @@ def _add(job: Any, out: Any, product: Any, row: Any, rows: Any, column: Any, col
 @numba.njit
 def _multiply(job: Any, room: Any, out: Any, count: Any, row: Any, column: Any, last: Any) -> None:
     """Columns from `column` to `last` times a packed block of rows from `row` on."""
-    steps = (count + SPAN - 1) // SPAN
+    steps = _spans(count)
     rows = min(job[BLOCK], job[ROWS] - row)
     far = _apart(count)
     product, other_product = room + job[PRODUCT], room + job[PRODUCT] + 4 * TILE
@@ -199,7 +209,7 @@ def _noise(job: Any, room: Any, count: Any) -> Any:
 @numba.njit
 def _range(job: Any, room: Any, example: Any, number: Any) -> None:
     """A range of an example's columns."""
-    spans = (job[COLUMNS] + SPAN - 1) // SPAN
+    spans = _spans(job[COLUMNS])
     column = SPAN * (spans * number // job[RANGES])
     last = min(job[COLUMNS], SPAN * (spans * (number + 1) // job[RANGES]))
     place = example * job[RANGES] + number

@@ -20,7 +20,6 @@ from dataclasses import asdict, dataclass
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -88,14 +87,8 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 matrices in hardware, float32 sums included."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    found = _abilities()
+    found = amx.abilities()
     return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
-
-
-def _abilities() -> dict[str, Any]:
-    """What torch says of the processor; nothing where torch is too old to say."""
-    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return found
 
 
 @cache
@@ -246,7 +239,7 @@ def _key(device: torch.device) -> str:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        name = str(_abilities().get("cpu_name", platform.processor()))
+        name = str(amx.abilities().get("cpu_name", platform.processor()))
     kernel = f"numba {version('numba')}" if has_numba() else "scattered adds"
     half = "bfloat16" if multiplies_bfloat16(device) else "float32"
     if device.type == "cpu" and amx.kernels("tiles") is not None:

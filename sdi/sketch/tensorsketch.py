@@ -11,17 +11,18 @@ Which is cheaper is a matter of the machine (`sdi.sketch.costs`): wide layers on
 SDI, arXiv 2602.10097, section 4.
 
 The product of `outer` may round its factors to bfloat16 (and itself, with float32 sums, where it is
-not made in tile registers, `sdi.sketch.tiles`). That moves
-a sketch by about `ROUNDING`·√(Σ_n ‖left_n‖²‖right_n‖²): 0.2 to 0.3 % of the gradient's norm, where
-the sketch's own error is 1/√M of it, 1.6 % at M = 4096. Where tokens cancel it is more; so that
-sum is kept, and rows in which it is too much are sketched again without rounding (`Sketcher`). The
-sum takes the errors of tokens as independent: where the very same few tokens are repeated hundreds
-of times and cancel, it is too small.
+not made in tile registers, `sdi.sketch.tiles`). That moves a sketch by about
+`ROUNDING`·√(Σ_n ‖left_n‖²‖right_n‖²): 0.2 to 0.3 % of the gradient's norm, where the sketch's own
+error is 1/√M of it, 1.6 % at M = 4096. Where tokens cancel it is more; so that sum is kept, and
+rows in which it is too much are sketched again without rounding (`Sketcher`). The sum takes the
+errors of tokens as independent: where the very same few tokens are repeated hundreds of times and
+cancel, it is too small.
 """
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Literal
 
 import torch
@@ -111,21 +112,30 @@ def add_outer(
     count = max(1, math.ceil(len(left) / most))
     parts = [tensor.tensor_split(count) for tensor in (left, right, out)]
     noises = [None] * count if noise is None else noise.tensor_split(count)
-    summed: list[Tensor | None] = []
-    for one, other, buckets, rough in zip(*parts, noises, strict=True):
-        if in_tiles is not None:
-            summed.append(tiles.add(in_tiles, plan, one, other, buckets, rough))
-            continue
-        if half:
-            narrow, turned, sums = halves(one, other, rough)
-        else:
-            narrow, turned, sums = one.float(), other.float().mT, None
-        add_dense_columns(plan, turned @ narrow, buckets)
-        summed.append(sums)
+    add = partial(_add_product, half=half) if in_tiles is None else partial(tiles.add, in_tiles)
+    summed = [add(plan, *part) for part in zip(*parts, noises, strict=True)]
     known = [sums for sums in summed if sums is not None]
     if len(known) < count:
         return None
     return known[0] if count == 1 else torch.cat(known)
+
+
+def _add_product(
+    plan: MatrixPlan,
+    left: Tensor,
+    right: Tensor,
+    out: Tensor,
+    noise: Tensor | None,
+    *,
+    half: bool,
+) -> Tensor | None:
+    """`add_outer` of a chunk of examples: first the product, then its adds."""
+    if half:
+        narrow, turned, sums = halves(left, right, noise)
+    else:
+        narrow, turned, sums = left.float(), right.float().mT, None
+    add_dense_columns(plan, turned @ narrow, out)
+    return sums
 
 
 def _lengths(factor: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ def add(
         *_factor(left), *_factor(right),
         plan.starts[0].data_ptr(), plan.row_sign.data_ptr(), plan.column_sign.data_ptr(),
         parts.data_ptr(), 0 if noises is None else noises.data_ptr(), sums.data_ptr(),
-        amx.configuration().ctypes.data, amx.rooms(threads * size).data_ptr(), size, *places,
+        amx.configuration().ctypes.data, amx.rooms(threads * size), size, *places,
     )  # fmt: skip
     team.run(kernels.sketched, job, threads)
     if ranges > 1:
