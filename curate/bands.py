@@ -6,11 +6,12 @@ true one from both sides; at one checkpoint the codes are the stored sketches an
 The first bands are small, since gradient norms fall fastest at the top and what they hold settles
 how far down the search goes.
 
-FAISS scans them one query at a time (`QT_8bit_direct_signed`). Wherever M is a multiple of 16 it
-multiplies bytes and rounds the query to bytes first, without a word; so a query is given in whole
-numbers up to `LARGEST`, whose products are exact, and what that leaves of it widens the bounds.
-Many queries at once are one product with the codes, which takes a tenth as long for each in
-integers and two thirds in float32 (see `multiply`).
+For one query at a time FAISS scans them (`QT_8bit_direct_signed`), until there was so much to read
+that a kernel pays which reads the first bits of vectors first (see `bitplanes`). Wherever M is a
+multiple of 16 FAISS multiplies bytes and rounds the query to bytes first, without a word; so a
+query is given in whole numbers up to `LARGEST`, whose products are exact, and what that leaves of
+it widens the bounds. Many queries at once are one product with the codes, which takes a tenth as
+long for each in integers and two thirds in float32 (see `multiply`).
 
 Letters: V vectors, Q queries, M sketch dimension.
 """
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -28,8 +30,10 @@ import numpy.typing as npt
 import torch
 
 from curate import atomic
+from curate.bitplanes import Planes, fits, write_planes
 from curate.errors import CurateError
 from curate.multiply import LARGEST, Operand
+from sdi import team
 
 Floats = npt.NDArray[np.float32]
 Numbers = npt.NDArray[np.int64]
@@ -39,6 +43,8 @@ MOST_BANDS = 128
 BAND_BYTES = 64 << 20
 """A band is held in memory while it is built, in float32."""
 KEPT_BANDS = 64
+PAYS = 4 << 30
+"""Bytes that FAISS reads in the time that loading a kernel takes, 0.4 s."""
 _TOGETHER, _PRODUCTS = 1 << 20, 16 << 20
 """Bytes of codes that are multiplied at once, and of their products at most."""
 _OFFSET = 128
@@ -57,6 +63,8 @@ class Band:
         rest: bound on ‖v/scale − code‖.
         start, count: where it lies in `numbers` and `scales`.
         slot: of an untied model, the step.
+        lost: at each level of the bit planes, how much of a vector they leave, on average; empty
+            where there are none.
     """
 
     name: str
@@ -66,6 +74,7 @@ class Band:
     start: int
     count: int
     slot: int
+    lost: list[float]
 
 
 def sizes(vectors: int, dim: int) -> Iterator[int]:
@@ -100,9 +109,11 @@ def write_bands(
             own = members[first : first + size]
             start = bands[-1].start + bands[-1].count if bands else 0
             name = f"band-{len(bands):05d}"
-            scale, rest = _write(directory / name, take(own))
+            values = take(own)
+            scale, rest = _write(directory / name, values)
+            lost = write_planes(directory / name, values) if fits(values.shape[1]) else []
             norm = float(norms[own[0]])
-            bands.append(Band(name, norm, float(scale.max()), rest, start, size, slot))
+            bands.append(Band(name, norm, float(scale.max()), rest, start, size, slot, lost))
             scales.append(scale)
             first += size
             if progress:
@@ -140,15 +151,21 @@ def _save(path: Path, array: npt.NDArray[Any]) -> None:
 class Bands:
     """The bands of one index, kept open.
 
+    Attributes:
+        norm, scale, rest, lost: those of all bands, (B,) and (B, L).
+
     Args:
         directory: where they lie.
         bands: as `write_bands` returned them.
+        many: whether so many searches follow that loading a kernel pays at once.
 
     Raises:
         OSError: a file is not there.
     """
 
-    def __init__(self, directory: Path, bands: Sequence[dict[str, Any]]) -> None:
+    def __init__(
+        self, directory: Path, bands: Sequence[dict[str, Any]], *, many: bool = False
+    ) -> None:
         self._directory = directory
         self.bands = [Band(**band) for band in bands]
         # Plain arrays over the maps: a slice of a memmap costs several times as much.
@@ -157,7 +174,15 @@ class Bands:
             for name in ("numbers", "scales", "norms")
         )
         self._faiss = load_faiss()
+        self.norm, self.scale, self.rest = (
+            np.array([getattr(band, name) for band in self.bands])
+            for name in ("norm", "scale", "rest")
+        )
+        self.lost = np.array([band.lost for band in self.bands])
         self._open: dict[str, Any] = {}
+        self._planes: list[Planes | None] = [None] * len(self.bands)
+        self._told = np.zeros((len(self.bands), 5), dtype=np.int64)
+        self._read = PAYS if many else 0
         self.gpu = getattr(self._faiss, "get_num_gpus", int)() > 0
         for band in self.bands:
             self._path(band).stat()
@@ -166,9 +191,12 @@ class Bands:
         """Scales of a band's vectors, (V,)."""
         return self.scales[band.start : band.start + band.count]
 
-    def norms_of(self, band: Band) -> Floats:
-        """Norms of a band's vectors, (V,)."""
-        return self.norms[band.start : band.start + band.count]
+    def screens(self) -> ModuleType | None:
+        """The kernel that goes through bit planes, where there are any, once there was enough to
+        read to load it for.
+        """
+        fit = self.lost.size and not self.gpu and "avx2" in team.features()
+        return team.kernels("bitplanes") if fit and self._read >= PAYS else None
 
     def nearest(self, band: Band, query: Floats, want: int) -> tuple[Floats, Numbers]:
         """The `want` codes with the largest product with `query` (M,): products and places.
@@ -177,21 +205,36 @@ class Bands:
         """
         found = self._mapped(band) if want > _GPU_MOST else self._index(band)
         dots, places = found.search(query[None], want)
+        self._read += band.count * found.d
         return dots[0], places[0]
+
+    def told(self, first: int, last: int) -> Numbers:
+        """What a kernel is told of the bit planes of some bands, (bands, 5)."""
+        for number in range(first, last):
+            if self._planes[number] is None:
+                band = self.bands[number]
+                made = Planes(self._path(band), self._codes(band, self._mapped(band)))
+                self._planes[number], self._told[number] = made, made.told
+        return self._told[first:last]
 
     def products(self, band: Band, queries: Operand) -> Iterator[tuple[int, Floats]]:
         """Products of a band's codes with queries, some codes at a time: the first's place, and
         (codes, Q).
         """
-        index = self._index(band)
-        stored = self._faiss.rev_swig_ptr(index.codes.data(), band.count * index.d)
-        stored = stored.reshape(band.count, index.d)
-        step = max(1, min(_TOGETHER // index.d, _PRODUCTS // (4 * queries.width)))
-        buffer = np.empty((step, index.d), dtype=np.uint8)
+        stored = self._codes(band, self._index(band))
+        dim = stored.shape[1]
+        step = max(1, min(_TOGETHER // dim, _PRODUCTS // (4 * queries.width)))
+        buffer = np.empty((step, dim), dtype=np.uint8)
         for start in range(0, band.count, step):
             part = stored[start : start + step]
             codes = np.subtract(part, _OFFSET, out=buffer[: len(part)]).view(np.int8)  # wraps
             yield start, queries.times(torch.from_numpy(codes), torch.float32).numpy()
+
+    def _codes(self, band: Band, index: Any) -> npt.NDArray[np.uint8]:
+        """As FAISS stores them, (V, M)."""
+        found = self._faiss.rev_swig_ptr(index.codes.data(), band.count * index.d)
+        codes: npt.NDArray[np.uint8] = found.reshape(band.count, index.d)
+        return codes
 
     def _index(self, band: Band) -> Any:
         """A band's index: mapped, or on the first GPU, where it stays for the next search."""

@@ -10,12 +10,15 @@ import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from curate.errors import CurateError
+from sdi import team
 
 if TYPE_CHECKING:
     from curate.rundir import RunDirectory
@@ -106,11 +109,47 @@ class SketchRows:
         return Block(values, scale, norm)
 
     def vectors(
-        self, rows: Numbers, slots: Numbers | None = None
+        self, rows: Numbers, slots: Numbers, kernels: ModuleType | None = None
     ) -> tuple[npt.NDArray[np.int8], Floats]:
-        """`values` and `scale` of what `take` takes, in two thirds of its time."""
-        values, scale = self._gathered(rows, slots, ("values", "scale"))
+        """`values` and `scale` of what `take` takes, in two thirds of its time; with the kernels of
+        `sdi.compiled.bitplanes` in a fifth.
+        """
+        take = self._gathered if kernels is None else partial(self._asked_for, kernels)
+        values, scale = take(rows, slots, ("values", "scale"))
         return values, scale
+
+    def _asked_for(
+        self, kernels: ModuleType, rows: Numbers, slots: Numbers, names: Sequence[str]
+    ) -> list[npt.NDArray[Any]]:
+        """`_gathered` of one slot each, by a kernel."""
+        owner = np.searchsorted(self._starts, rows, side="right") - 1
+        own = rows - np.asarray(self._starts)[owner]
+        widths, found = self._widths[owner], []
+        for name in names:
+            first = getattr(self._plain[0], name)
+            out = np.zeros((len(rows), 1, *first.shape[2:]), first.dtype)
+            size = out.itemsize * int(np.prod(out.shape[2:]))
+            places = self._addresses[name][owner] + size * (own * widths + slots)
+            places[slots >= widths] = 0
+            job = (0, len(rows), size, places.ctypes.data, out.ctypes.data)
+            team.run(kernels.gathered, job, 1)
+            found.append(out)
+        return found
+
+    @cached_property
+    def _widths(self) -> Numbers:
+        """How many slots each shard has."""
+        return np.array([self._slots(shard) for _, _, shard in self._pieces])
+
+    @cached_property
+    def _addresses(self) -> dict[str, Numbers]:
+        """Where each shard's arrays lie."""
+        found = {}
+        for name in ("values", "scale"):
+            arrays = [getattr(plain, name) for plain in self._plain]
+            assert all(array.flags.c_contiguous for array in arrays)
+            found[name] = np.array([array.ctypes.data for array in arrays])
+        return found
 
     def _gathered(
         self, rows: Numbers, slots: Numbers | None, names: Sequence[str]

@@ -9,16 +9,22 @@ Letters: V vectors, Q queries, M sketch dimension.
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from curate.bands import Band, Bands, Numbers, rounding
+from curate.bitplanes import Probe
 from curate.multiply import LARGEST, Operand, in_digits
 
 Doubles = npt.NDArray[np.float64]
+Dots = npt.NDArray[np.floating]
 SLACK = 32
 """How many more are asked of a band than twice those that the band before had to give."""
+GROWS, MOST = 4, 64
+"""Bands that are screened at once: one, then so many times as many each time, up to so many."""
 TOGETHER, WIDENED = 6, 8
 """From so many queries on a product of a band is faster than as many FAISS scans, in integers or,
 where the processor has no fast ones, in float32."""
@@ -60,7 +66,8 @@ class Descent:
     def __init__(self, bands: Bands, queries: Doubles, k: int) -> None:
         self._bands = bands
         self.norms = np.linalg.norm(queries, axis=1)
-        units = queries / np.where(self.norms > 0, self.norms, 1.0)[:, None]
+        self._units = units = queries / np.where(self.norms > 0, self.norms, 1.0)[:, None]
+        self._probes: dict[int, Probe] = {}
         dim = queries.shape[1]
         self.candidates = [Candidates(k) for _ in queries]
         device = torch.device("cpu")
@@ -79,19 +86,20 @@ class Descent:
         self._whole = np.rint(units / self._sizes[:, None])
         self._left = np.linalg.norm(units - self._sizes[:, None] * self._whole, axis=1)
 
-    def active(self, band: Band) -> Numbers:
-        """The queries for which a vector of the band could still enter."""
-        # Below zero a bound from norms says nothing, so such a search reads every band.
-        least = np.array([own.least for own in self.candidates])
-        return np.flatnonzero(~(least >= band.norm * self.norms))
-
-    def look(self, band: Band, active: Numbers) -> None:
-        """Take what could enter from a band."""
-        if self._operand is None or len(active) < self._together:
-            for query in active:
-                self._scan(band, int(query))
-        else:
+    def down(self, first: int, last: int) -> Numbers:
+        """Take what could enter from bands that lie by norm; how many vectors each query saw."""
+        seen = np.zeros(len(self.candidates), dtype=np.int64)
+        for number in range(first, last):
+            queries = range(len(self.candidates))
+            active = np.array([query for query in queries if self._could(number, query)], np.int64)
+            if self._operand is None or len(active) < self._together:
+                for query in active:
+                    seen[query] += self._alone(number, last, int(query))
+                break
+            band = self._bands.bands[number]
             self._multiply(band, active, self._operand.some(torch.from_numpy(active)))
+            seen[active] += band.count
+        return seen
 
     def _multiply(self, band: Band, active: Numbers, operand: Operand) -> None:
         """Take what the products of all of a band's codes say could enter."""
@@ -107,36 +115,84 @@ class Descent:
         ends = np.searchsorted(which[order], np.arange(1, len(active)))
         for number, own in enumerate(np.split(order, ends)):
             query = int(active[number])
-            self._take(band, query, dots[own], places[own], float(margin[number]))
+            self._take(query, dots[own], band.start + places[own], float(margin[number]))
+
+    def _could(self, number: int, query: int) -> bool:
+        """Whether a vector of a band could still enter.
+
+        Below zero a bound from norms says nothing, so such a search reads every band.
+        """
+        return not self.candidates[query].least >= self._bands.norm[number] * self.norms[query]
+
+    def _alone(self, first: int, last: int, query: int) -> int:
+        """Take what could enter for one query; how many vectors it saw."""
+        seen, many = 0, 1
+        while first < last and self._could(first, query):
+            kernels, end = self._bands.screens(), first + 1
+            if kernels is None:
+                self._scan(self._bands.bands[first], query)
+            else:
+                while end < min(last, first + many) and self._could(end, query):
+                    end += 1
+                self._screen(kernels, first, end, query)
+                many = min(GROWS * many, MOST)
+            seen += sum(band.count for band in self._bands.bands[first:end])
+            first = end
+        return seen
+
+    def _screen(self, kernels: ModuleType, first: int, end: int, query: int) -> None:
+        """Take what the bits of bands leave, by exact products with their codes."""
+        if query not in self._probes:
+            self._probes[query] = Probe(self._units[query])
+        probe, least, some = self._probes[query], self._least(query), slice(first, end)
+        norms, scales, rests = (
+            self._bands.norm[some],
+            self._bands.scale[some],
+            self._bands.rest[some],
+        )
+        levels = np.zeros(len(norms), dtype=np.int64)
+        if 0 < least < np.inf:
+            levels = probe.levels(norms, self._bands.lost[some], least)
+        dots = (least - probe.left * norms) / scales - rests * (1 + probe.left)
+        dots = np.where(dots > 0, dots / probe.size - 1, -np.inf)
+        told = self._bands.told(first, end)
+        places, found = probe.screen(kernels, told, levels, norms, dots, least)
+        places += self._bands.bands[first].start
+        self._take_rounded(query, places, probe.size * found, float(rests.max()), probe.left)
 
     def _scan(self, band: Band, query: int) -> None:
         """Ask FAISS for more and more of a band, until those that are left cannot enter."""
-        before, left = self.candidates[query], self._left[query]
-        whole, size = self._whole[query].astype(np.float32), self._sizes[query]
-        margin = band.rest * (1 + left) + self._scanned
+        before, left, size = self.candidates[query], self._left[query], self._sizes[query]
+        whole = self._whole[query].astype(np.float32)
+        rest = band.rest + self._scanned
         want = min(band.count, max(1, 2 * before.entered + SLACK))
         while True:
             found, places = self._bands.nearest(band, whole, want)
-            dots, own = size * found, self._bands.norms_of(band)[places]
-            lengths = own / self._bands.scales_of(band)[places]
             self.candidates[query] = before
-            self._take(band, query, dots, places, margin + left * lengths)
+            self._take_rounded(query, band.start + places, size * found, rest, left)
             if len(places) == band.count:
                 return
-            most = max(dots[-1] + margin, 0.0) * band.scale + left * band.norm
+            most = max(size * found[-1] + rest * (1 + left), 0.0) * band.scale + left * band.norm
             if most < self._least(query):
                 return
             want = min(band.count, 4 * want)
+
+    def _take_rounded(
+        self, query: int, places: Numbers, dots: Dots, rest: float, left: float
+    ) -> None:
+        """Take vectors by the products of their codes, `rest` more or less, with a query that was
+        rounded to whole numbers, which left `left` of it.
+        """
+        lengths = self._bands.norms[places] / self._bands.scales[places]
+        self._take(query, dots, places, rest * (1 + left) + left * lengths)
 
     def _least(self, query: int) -> float:
         """What the product of a vector with a query of norm one needs at least."""
         return self.candidates[query].least / (float(self.norms[query]) or 1.0)
 
-    def _take(
-        self, band: Band, query: int, dots: Doubles, places: Numbers, margin: float | Doubles
-    ) -> None:
-        """Take vectors of a band, whose products with codes are `dots`, `margin` more or less."""
-        scales = self._bands.scales_of(band)[places] * self.norms[query]
-        numbers = self._bands.numbers[band.start + places]
+    def _take(self, query: int, dots: Dots, places: Numbers, margin: float | Dots) -> None:
+        """Take vectors, whose products with codes are `dots`, `margin` more or less."""
+        scales = self._bands.scales[places] * self.norms[query]
+        numbers = self._bands.numbers[places]
         low, high = (dots - margin) * scales, (dots + margin) * scales
         self.candidates[query] = self.candidates[query].with_more(numbers, low, high)

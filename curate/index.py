@@ -25,6 +25,7 @@ import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,8 @@ class Searcher:
 
     Args:
         use_index: False for the plain product.
+        many: whether hundreds of searches follow, for which a kernel is loaded at once; otherwise
+            it is when FAISS has read as much as loading it takes.
     """
 
     def __init__(
@@ -119,9 +122,10 @@ class Searcher:
         kind: Kind = "steps",
         *,
         use_index: bool = True,
+        many: bool = False,
     ) -> None:
         self.vectors = PooledVectors(run, set_name, kind)
-        self.bands = _bands(run, set_name, kind) if use_index else None
+        self.bands = _bands(run, set_name, kind, many) if use_index else None
 
     def search(self, queries: npt.NDArray[Any], k: int, *, slot: int | None = None) -> list[Found]:
         """For each of `queries` (Q, M) the k vectors with the largest inner product.
@@ -133,20 +137,15 @@ class Searcher:
         if self.bands is None:
             return _search_all(self.vectors, exact, k, slot)
         descent = Descent(self.bands, exact, k)
-        bands = [band for band in self.bands.bands if slot in (None, band.slot)]
-        seen, done = np.zeros(len(exact)), None
-        for band in bands:  # those of a slot one after another, by norm
-            if band.slot == done:
-                continue
-            active = descent.active(band)
-            if not len(active):
-                done = band.slot
-                continue
-            descent.look(band, active)
-            seen[active] += band.count
-        of = max(1, sum(band.count for band in bands))
+        seen, of, first = np.zeros(len(exact)), 0, 0
+        for own, group in groupby(self.bands.bands, key=lambda band: band.slot):
+            bands = list(group)  # one after another, by norm
+            if slot in (None, own):
+                seen += descent.down(first, first + len(bands))
+                of += sum(band.count for band in bands)
+            first += len(bands)
         best = self._settled(exact, descent.candidates, k)
-        return [Found(*own, count / of) for own, count in zip(best, seen, strict=True)]
+        return [Found(*own, count / max(1, of)) for own, count in zip(best, seen, strict=True)]
 
     def _settled(
         self, queries: Doubles, candidates: Sequence[Candidates], k: int
@@ -155,26 +154,27 @@ class Searcher:
 
         What several queries have among their candidates is read once.
         """
+        kernels = self.bands.screens() if self.bands else None
         most, start = block_rows(1, self.vectors.dim), 0
         ends = np.cumsum([0, *(len(own.numbers) for own in candidates)])
         while start < len(queries):
             stop = int(np.searchsorted(ends, ends[start] + most, side="right")) - 1
             stop = max(start + 1, stop)
             every = np.unique(np.concatenate([own.numbers for own in candidates[start:stop]]))
-            vectors = self.vectors.take(every)
+            vectors = self.vectors.take(every, kernels)
             for query, own in zip(queries[start:stop], candidates[start:stop], strict=True):
                 mine = vectors[np.searchsorted(every, own.numbers)].astype(np.float64)
                 yield _best(own.numbers, mine @ query, k)
             start = stop
 
 
-def _bands(run: RunDirectory, set_name: str, kind: Kind) -> Bands | None:
+def _bands(run: RunDirectory, set_name: str, kind: Kind, many: bool) -> Bands | None:
     """The index of a set; None where there is none, it is out of date, or cannot be read."""
     entry = run.manifest.indexes.get(set_name)
     if not entry or kind not in entry or entry["digest"] != _digest(run, set_name):
         return None
     try:
-        return Bands(run.path / entry[kind]["path"], entry[kind]["bands"])
+        return Bands(run.path / entry[kind]["path"], entry[kind]["bands"], many=many)
     except (CurateError, OSError):
         return None
 
@@ -287,5 +287,5 @@ def _digest(run: RunDirectory, set_name: str) -> str:
         for shard in manifest.shards
         if shard.set == set_name and shard.kind != "rows"
     )
-    said = json.dumps([3, manifest.weights, shards], sort_keys=True)
+    said = json.dumps([4, manifest.weights, shards], sort_keys=True)
     return hashlib.sha256(said.encode()).hexdigest()[:12]

@@ -9,6 +9,7 @@ Letters: N rows, U slots (τ, or 1 for totals), V vectors, M sketch dimension.
 from __future__ import annotations
 
 from contextlib import closing
+from types import ModuleType
 from typing import Literal
 
 import numpy as np
@@ -44,12 +45,12 @@ class PooledVectors:
             out[:, : source.slots] += block.values * (root * block.scale)[:, :, None]
         return out
 
-    def take(self, numbers: Numbers) -> Floats:
-        """float32 (V, M)."""
+    def take(self, numbers: Numbers, kernels: ModuleType | None = None) -> Floats:
+        """float32 (V, M); see `SketchRows.vectors`."""
         out = np.zeros((len(numbers), self.dim), dtype=np.float32)
         rows, slots = np.divmod(numbers, self.slots)
         for root, source in zip(self.roots, self.sources, strict=True):
-            values, scale = source.vectors(rows, slots)
+            values, scale = source.vectors(rows, slots, kernels)
             out += values[:, 0] * (root * scale)
         return out
 

@@ -27,23 +27,10 @@ def kernels(name: str) -> ModuleType | None:
     use them and numba compiles for them: LLVM ends the process where it does not know them.
     """
     known = abilities()
-    if not all(known.get(each) for each in _TILES) or not _compiled_for():
+    compiled_for = {each.replace("_", "-") for each in _TILES} <= team.features()
+    if not all(known.get(each) for each in _TILES) or not compiled_for:
         return None
     return team.kernels(name) if getattr(torch.cpu, "_init_amx", bool)() else None
-
-
-def _compiled_for() -> bool:
-    """Whether numba's target has tiles; it is this processor, unless a user told it otherwise."""
-    try:
-        from llvmlite import binding
-        from numba.core import config
-
-        told = getattr(config, "CPU_FEATURES", None)
-        if told is None:
-            told = binding.get_host_cpu_features().flatten()
-    except Exception:  # not installed, or broken: `team.kernels` says so where it is asked
-        return False
-    return {f"+{each.replace('_', '-')}" for each in _TILES} <= set(told.split(","))
 
 
 @cache

@@ -107,6 +107,21 @@ def kernels(name: str) -> ModuleType | None:
 
 
 @cache
+def features() -> frozenset[str]:
+    """What numba compiles for, by LLVM's names: this processor, unless a user told it otherwise."""
+    try:
+        from llvmlite import binding
+        from numba.core import config
+
+        told = getattr(config, "CPU_FEATURES", None)
+        if told is None:
+            told = binding.get_host_cpu_features().flatten()
+    except Exception:  # not installed, or broken: `kernels` says so where it is asked
+        return frozenset()
+    return frozenset(each[1:] for each in told.split(",") if each.startswith("+"))
+
+
+@cache
 def _parallel() -> Callable[[int, int, int, int], None] | None:
     """GOMP_parallel(function, data, threads, flags) of the runtime that torch is linked with."""
     try:

@@ -7,6 +7,7 @@ import pytest
 
 from curate import blocks
 from curate.blocks import SketchRows
+from sdi import team
 from sdi.shards import Shard
 
 DIM = 5
@@ -49,6 +50,21 @@ def test_taken_rows_are_those_that_are_read(
             expected = one[slot] if slot < rows.slots else np.zeros_like(one[0])
             np.testing.assert_array_equal(getattr(single, name)[place, 0], expected)
     assert single.values.shape == (40, 1, DIM)
+
+
+@pytest.mark.parametrize("depths", [(1,), (0, 0), (3,), (1, 3), (2, 1, 3)])
+def test_a_kernel_takes_the_same(depths: tuple[int, ...]) -> None:
+    """Few rows or many, in any order, and none where a row has no such slot."""
+    kernels = team.kernels("bitplanes") if "avx2" in team.features() else None
+    if kernels is None:
+        pytest.skip("this processor looks up no bytes in tables, or numba is not installed")
+    rows = source(depths)
+    for count in (0, 1, 40):
+        wanted = np.random.default_rng(1).integers(0, rows.rows, count)
+        slots = np.arange(count) % 4
+        expected = rows.vectors(wanted, slots)
+        for one, other in zip(rows.vectors(wanted, slots, kernels), expected, strict=True):
+            np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize(

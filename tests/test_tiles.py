@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdi import amx
+from sdi import amx, team
 from sdi.sketch import costs, tensorsketch, tiles
 from sdi.sketch.plan import Hashing, MatrixPlan
 
@@ -191,17 +191,21 @@ def test_without_tiles_nothing_is_asked_of_them(
     """
     config = pytest.importorskip("numba").core.config
     amx.kernels.cache_clear()
+    team.features.cache_clear()
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
     monkeypatch.setattr(torch.cpu, "_init_amx", lambda: granted)
     monkeypatch.setattr(config, "CPU_FEATURES", told)
     assert amx.kernels("tiles") is None
     amx.kernels.cache_clear()
+    team.features.cache_clear()
 
 
 def test_a_broken_compiler_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where numba is there and cannot be loaded, torch serves."""
     monkeypatch.setitem(sys.modules, "llvmlite", None)
-    assert not amx._compiled_for()
+    team.features.cache_clear()
+    assert not team.features()
+    team.features.cache_clear()
 
 
 @pytest.mark.parametrize("limit", [1, 1 << 30])

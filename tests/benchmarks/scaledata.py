@@ -37,8 +37,9 @@ TOPICS = 8
 QUERIES, STEPS = 64, 8
 SHARD_ROWS = 2048
 CHECKPOINT = "last"
-DEVIATION = 34.0
-"""Of the noise, in int8 units: a row's largest entry is then 127, as it is in a sketch."""
+DEVIATION = 44.0
+"""Of the noise, in int8 units: the largest that `_rows` draws is then 127, which the largest entry
+of a sketch always is, and all of what is beyond."""
 
 
 def make(path: Path, rows: int, dim: int, seed: int = 0) -> RunDirectory:

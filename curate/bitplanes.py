@@ -1,0 +1,228 @@
+"""Bit planes: the first bits of an index's vectors, which tell most of them from what is sought.
+
+What a search goes through is mostly vectors hardly longer than the best products it knows, and a
+coarse picture is enough to say that these are too small: with v = g·x + e, where x has up to four
+bits an entry, ⟨q, v⟩ ≤ g·⟨q, x⟩ + ‖q‖·‖e‖ (the vector-approximation file of Weber, Schek & Blott
+1998). That is a small part of what reading all codes takes, which is as long as memory takes.
+
+An entry's bits are its place among 16 equal cells, and the first plane has the first bit of each.
+A plane lies in four stripes, of a quarter of the entries each. At level ℓ a search has read the
+first ℓ stripes of all vectors of a band, and the gain g and the rest ‖e‖ of that level. The longer
+the vectors, the higher the level that pays. What passes is multiplied with the codes.
+
+Letters: V vectors, M sketch dimension, B bands, L levels, T stretches of `LANES` vectors.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from curate import atomic
+from sdi import team
+
+Bytes = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
+Numbers = npt.NDArray[np.int64]
+PLANES, STRIPES = 4, 4
+LEVELS = PLANES * STRIPES
+LANES = 64
+"""Vectors whose bits lie side by side."""
+STEP = 32
+"""M is a multiple of this: a stripe is whole bytes."""
+DEEPEST = 1 << 16
+"""The largest M whose products are sure to fit in int32."""
+_ENDS = (".planes.npy", ".bounds.npy")
+"""uint8 (PLANES, STRIPES, T, M / 32, LANES) bits, and float32 (L, 2, T · LANES) gains and rests."""
+_CELL = 0.335
+"""Of a cell, in standard deviations: the best 16 equal cells for normal numbers (Max 1960)."""
+_SUMS = 127
+"""The largest sum of four whole numbers that fits into a byte, with or without a sign."""
+_SHORT, _WORDS = 2**15 - 1, 2**31 * 16 // (2 * 255) - 1
+"""The largest whole number, and M times it, whose products with codes the kernel can add up."""
+_HUGE = float(1 << 62)
+_PART = 256
+"""Vectors that are worked on at once."""
+_ROUNDED = 2.0**-16
+"""More than float32 rounds off a bound, of the product of both norms."""
+_AGAIN = 1.5
+"""What reading the codes of a vector here and there costs more than reading them in a row."""
+
+
+def fits(dim: int) -> bool:
+    """Whether vectors of M = `dim` have planes."""
+    return dim % STEP == 0 and dim <= DEEPEST
+
+
+def write_planes(path: Path, values: Floats) -> list[float]:
+    """Write the planes of vectors (V, M), none of them zero.
+
+    Returns:
+        The mean of ‖e‖ / ‖v‖ at each level.
+    """
+    count, dim = values.shape
+    blocks = -(-count // LANES)
+    bits = np.zeros((PLANES, blocks * LANES, dim // 8), dtype=np.uint8)
+    bounds = np.zeros((LEVELS, 2, blocks * LANES), dtype=np.float32)
+    lost = np.zeros(LEVELS)
+    for start in range(0, count, _PART):
+        part = values[start : start + _PART].astype(np.float64)
+        here = slice(start, start + len(part))
+        cells = _cells(part)
+        for plane in range(PLANES):
+            own = cells >> (PLANES - 1 - plane) & 1
+            bits[plane, here] = np.packbits(own, axis=1, bitorder="little")
+        bounds[:, :, here], share = _bounds(part, cells)
+        lost += share.sum(axis=1)
+    laid = bits.reshape(PLANES, blocks, LANES, STRIPES, -1).transpose(0, 3, 1, 4, 2)
+    for end, array in zip(_ENDS, (np.ascontiguousarray(laid), bounds), strict=True):
+        atomic.write_with(path.with_suffix(end), partial(_save, array))
+    return [round(float(each), 4) for each in lost / count]
+
+
+def _cells(values: Doubles) -> Bytes:
+    """The cells (V, M) of entries, 0 to 15."""
+    size = _CELL * np.sqrt(np.square(values).mean(axis=1))
+    half = 1 << (PLANES - 1)
+    found = np.clip(np.floor(values / size[:, None]) + half, 0, 2 * half - 1)
+    cells: Bytes = found.astype(np.uint8)
+    return cells
+
+
+def _bounds(values: Doubles, cells: Bytes) -> tuple[Floats, Doubles]:
+    """The gains and rests (L, 2, V), and ‖e‖ / ‖v‖ (L, V).
+
+    The gain is that of least squares, as float32 rounds it, and the rest is of that gain.
+    """
+    parts = values.reshape(len(values), STRIPES, -1)
+    whole = np.square(values).sum(axis=1)
+    seen, along, size = np.zeros_like(parts), np.zeros((2, STRIPES, len(values))), []
+    bounds = np.zeros((LEVELS, 2, len(values)), dtype=np.float32)
+    share = np.zeros((LEVELS, len(values)))
+    for level in range(LEVELS):
+        plane, stripe = divmod(level, STRIPES)
+        if stripe == 0:
+            weight = 1 << (PLANES - 1 - plane)
+            own = (cells >> (PLANES - 1 - plane) & 1).reshape(parts.shape)
+            seen += weight * (2.0 * own - 1)
+            size = [np.einsum("vsi,vsi->sv", seen, each) for each in (parts, seen)]
+        along[0, stripe], along[1, stripe] = size[0][stripe], size[1][stripe]
+        inner, square = along.sum(axis=1)
+        gain = (inner / np.where(square > 0, square, 1)).astype(np.float32)
+        left = whole - 2 * gain * inner + np.square(gain, dtype=np.float64) * square
+        rest = np.sqrt(np.maximum(left, 0) + 1e-12 * whole)
+        bounds[level] = gain, np.nextafter(rest.astype(np.float32), np.float32(np.inf))
+        share[level] = rest / np.sqrt(whole)
+    return bounds, share
+
+
+def _save(array: npt.NDArray[Any], path: Path) -> None:
+    with path.open("wb") as stream:
+        np.save(stream, array)
+
+
+class Planes:
+    """A band's bit planes, mapped, and its codes.
+
+    Attributes:
+        told: what a kernel is told of them: addresses of bits, gains and codes, how many vectors,
+            and the bytes of a level's gains.
+
+    Args:
+        path: of the band's index.
+        codes: uint8 (V, M), as FAISS stores them.
+    """
+
+    def __init__(self, path: Path, codes: Bytes) -> None:
+        self._held = [codes, *(np.load(path.with_suffix(end), mmap_mode="r") for end in _ENDS)]
+        at_codes, at_bits, at_bounds = (array.ctypes.data for array in self._held)
+        self.told = (at_bits, at_bounds, at_codes, len(codes), 4 * self._held[2].shape[2])
+
+
+class Probe:
+    """A query of norm one as the kernel takes it, twice in whole numbers: those that bits are asked
+    with, so small that the sums over a group of four entries fit into bytes, and those that codes
+    are multiplied with.
+
+    Attributes:
+        size, left: a query is size · w + δ, with w the second, and `left` = ‖δ‖.
+
+    Args:
+        unit: float64 (M,).
+    """
+
+    def __init__(self, unit: Doubles) -> None:
+        groups = np.abs(unit).reshape(-1, 4).sum(axis=1)
+        # Four entries are rounded up by no more than 2 in all.
+        self._size = (float(groups.max()) or 1.0) / (_SUMS - 2)
+        coarse = np.rint(unit / self._size)
+        self._left = float(np.linalg.norm(unit - self._size * coarse))
+        self._length = float(np.linalg.norm(self._size * coarse))
+        signs = 2 * (np.arange(16)[:, None] >> np.arange(4) & 1) - 1
+        self._tables = (coarse.reshape(-1, 4) @ signs.T + _SUMS + 1).astype(np.uint8)
+        self.size = (float(np.abs(unit).max()) or 1.0) / min(_SHORT, _WORDS // len(unit))
+        self._whole = np.rint(unit / self.size).astype(np.int16)
+        self.left = float(np.linalg.norm(unit - self.size * self._whole))
+
+    def levels(self, norms: Doubles, lost: Doubles, least: float) -> Numbers:
+        """For bands with such norms (B,) and ‖e‖ / ‖v‖ (B, L) the level that costs least; 0 where
+        reading all codes does.
+
+        Products are taken to be normal, of a variance of 1/M: those of vectors without a direction
+        in common. Where they are not, too many pass, which costs time alone.
+        """
+        dim = len(self._whole)
+        room = (self._needs(norms, least) / norms)[:, None] - lost
+        passed = np.where(room > 0, np.exp(-0.5 * dim * np.square(room)), 1.0)
+        cost = np.arange(1, LEVELS + 1) * (dim / 8 / STRIPES) + _AGAIN * dim * passed
+        return np.where(cost.min(axis=1) < dim, cost.argmin(axis=1) + 1, 0)
+
+    def _needs(self, norms: Doubles, least: float) -> Doubles:
+        """What the bound that bits give has to reach, of vectors up to some norms."""
+        return least - (self._left + _ROUNDED) * norms
+
+    def screen(
+        self,
+        kernels: ModuleType,
+        told: Numbers,
+        levels: Numbers,
+        norms: Doubles,
+        dots: Doubles,
+        least: float,
+    ) -> tuple[Numbers, Numbers]:
+        """The vectors of bands whose product with the query may be `least` or more.
+
+        Args:
+            told: as `Planes` has it, of each band; so the next ones.
+            levels: at level 0 no bits are read.
+            norms: bounds on the vectors'.
+            dots: below which the products of codes with the whole numbers are of no use.
+
+        Returns:
+            Their places, counted from the first band's first vector on, and the exact products of
+            their codes with the whole numbers.
+        """
+        bits, bounds, codes, counts, apart = told.T
+        gains = bounds + 2 * apart * np.maximum(levels - 1, 0)
+        useful = np.clip(np.floor(dots), -_HUGE, _HUGE).astype(np.int64)
+        plan = np.stack([bits, levels, counts, gains, gains + apart, codes, useful], axis=1)
+        needs = np.maximum(self._needs(norms, least), -np.finfo(np.float32).max / 2)
+        wanted = np.nextafter(needs.astype(np.float32), np.float32(-np.inf))
+        sums = np.empty(int(apart.max()) // 4, dtype=np.int32)
+        places = np.empty(int(counts.sum()), dtype=np.int32)
+        products = np.empty(len(places), dtype=np.int64)
+        found = np.zeros(1, dtype=np.int64)
+        job = (
+            0, len(plan), len(self._whole), PLANES, STRIPES,
+            *(array.ctypes.data for array in (plan, wanted, self._tables, self._whole)),
+            team.bits(self._size), team.bits(self._length),
+            *(array.ctypes.data for array in (sums, places, products, found)),
+        )  # fmt: skip
+        team.run(kernels.screened, job, 1)
+        return places[: found[0]].astype(np.int64), products[: found[0]].copy()

@@ -1,0 +1,218 @@
+"""Bit planes: bounds that hold at every level, and searches that find the same through them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from curate import bands, bitplanes, index
+from curate.bitplanes import LEVELS, PLANES, STRIPES, Planes, Probe
+from sdi import team
+from tests.sketchedrun import make
+
+
+@pytest.fixture
+def kernels() -> ModuleType:
+    found = team.kernels("bitplanes") if {"avx2"} <= team.features() else None
+    if found is None:
+        pytest.skip("this processor looks up no bytes in tables, or numba is not installed")
+    return found
+
+
+def vectors_of(kind: str, count: int, dim: int) -> np.ndarray:
+    """float32 (V, M): as they come, of heavy tails, of few entries, of the query's direction."""
+    random = np.random.default_rng(dim)
+    values = random.normal(size=(count, dim))
+    if kind == "heavy":
+        values = random.standard_t(1.5, size=(count, dim))
+    elif kind == "sparse":
+        values *= random.random(size=(count, dim)) < 0.02
+        values[:, 0] += 1e-3
+    elif kind == "aligned":
+        values = random.uniform(-1, 1, size=(count, 1)) * query_of(dim) + 1e-3 * values
+    return np.asarray(values * random.lognormal(size=(count, 1)), dtype=np.float32)
+
+
+def query_of(dim: int) -> np.ndarray:
+    made = np.random.default_rng(7).normal(size=dim)
+    return made / np.linalg.norm(made)
+
+
+def pictured(path: Path, level: int, count: int) -> np.ndarray:
+    """What g·x of each vector is at a level, from the files alone (V, M)."""
+    bits, bounds = (np.load(path.with_suffix(end)) for end in (".planes.npy", ".bounds.npy"))
+    kept = bits.transpose(0, 2, 4, 1, 3).reshape(PLANES, -1, STRIPES, bits.shape[3])
+    signs = 2.0 * np.unpackbits(kept, axis=3, bitorder="little") - 1
+    x = np.zeros(signs.shape[1:])
+    for own in range(level):
+        plane, stripe = divmod(own, STRIPES)
+        x[:, stripe] += 2.0 ** (PLANES - 1 - plane) * signs[plane, :, stripe]
+    found: np.ndarray = x.reshape(len(x), -1)[:count] * bounds[level - 1, 0, :count, None]
+    return found
+
+
+@pytest.mark.parametrize("kind", ["normal", "heavy", "sparse", "aligned"])
+@pytest.mark.parametrize(("count", "dim"), [(1, 32), (100, 64), (70, 1024)])
+def test_rests_are_what_a_level_leaves(kind: str, count: int, dim: int, tmp_path: Path) -> None:
+    """‖v − g·x‖ never exceeds the rest, and is no less than it says but for rounding."""
+    values = vectors_of(kind, count, dim)
+    lost = bitplanes.write_planes(tmp_path / "band", values)
+    bounds = np.load(tmp_path / "band.bounds.npy")
+    norms = np.linalg.norm(values.astype(np.float64), axis=1)
+    for level in range(1, LEVELS + 1):
+        left = np.linalg.norm(values - pictured(tmp_path / "band", level, count), axis=1)
+        rests = bounds[level - 1, 1, :count]
+        assert (rests >= left * (1 - 1e-12)).all()
+        assert (rests <= left + 2e-6 * norms).all()
+        assert lost[level - 1] == pytest.approx((left / norms).mean(), abs=1e-4)
+    assert not bounds[:, :, count:].any()
+    if kind == "normal" and count > 1:  # what Max (1960) found, and the levels go down to it
+        assert lost[-1] == pytest.approx(0.107, abs=0.015)
+        assert (np.diff(lost) < 0).all()
+
+
+@pytest.mark.parametrize("kind", ["normal", "heavy", "sparse", "aligned"])
+@pytest.mark.parametrize(
+    ("counts", "dim"), [((1,), 32), ((100, 64), 64), ((70, 5), 1024), ((33,), 8224)]
+)
+def test_what_passes(
+    kind: str, counts: tuple[int, ...], dim: int, tmp_path: Path, kernels: ModuleType
+) -> None:
+    """At every level all vectors pass whose product with the query is large enough, only those
+    whose bound is, and with exact products of their codes; the largest numbers included.
+    """
+    query = query_of(dim)
+    probe = Probe(query)
+    whole = probe._whole.astype(np.int64)
+    assert np.linalg.norm(query - whole * probe.size) <= probe.left < 1e-3
+    held, values, codes = [], [], []
+    for number, count in enumerate(counts):
+        values.append(vectors_of(kind, count, dim))
+        codes.append(np.random.default_rng(number).integers(0, 256, (count, dim)).astype(np.uint8))
+        codes[-1][0] = np.where(whole > 0, 255, 0)
+        bitplanes.write_planes(tmp_path / f"band-{number}", values[-1])
+        held.append(Planes(tmp_path / f"band-{number}", codes[-1]))
+    told = np.array([planes.told for planes in held])
+    exact = np.concatenate(values).astype(np.float64) @ query
+    norms = [np.linalg.norm(own.astype(np.float64), axis=1) for own in values]
+    most = np.array([own.max() for own in norms])
+    slack = 1e-5 * np.repeat(most, counts)
+    dots = (np.concatenate(codes).astype(np.int64) - 128) @ whole
+    coarse = np.rint(query / probe._size) * probe._size
+    for level in range(LEVELS + 1):
+        bounds, levels = np.full(len(exact), np.inf), np.full(len(counts), level)
+        if level:
+            parts = [tmp_path / f"band-{number}" for number in range(len(counts))]
+            pictures = [
+                pictured(path, level, len(own)) for path, own in zip(parts, values, strict=True)
+            ]
+            rests = [np.load(path.with_suffix(".bounds.npy"))[level - 1, 1] for path in parts]
+            rest = np.concatenate([own[:count] for own, count in zip(rests, counts, strict=True)])
+            bounds = np.concatenate(pictures) @ coarse + rest * probe._length
+        for share in (0.2, 0.7, 0.99):
+            least = float(np.quantile(np.abs(exact), share))
+            useful = np.full(len(counts), np.quantile(dots, 1 - share))
+            places, found = probe.screen(kernels, told, levels, most, useful, least)
+            need = np.repeat(least - probe._left * most, counts)
+            wanted = dots >= np.floor(useful[0])
+            passed = np.zeros(len(exact), dtype=bool)
+            passed[places] = True
+            assert passed[wanted & (exact >= least)].all()
+            assert passed[wanted & (bounds >= need + slack)].all()
+            assert (wanted & (bounds >= need - 3 * slack))[places].all()
+            assert found.tolist() == dots[places].tolist()
+
+
+@pytest.mark.parametrize("level", [0, 1, 3, 8, LEVELS])
+@pytest.mark.parametrize("tied", [True, False])
+def test_searches_find_the_same(
+    level: int, tied: bool, tmp_path: Path, kernels: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever level is read, a search finds what the plain product finds."""
+    monkeypatch.setattr(bands, "BAND_BYTES", 40 * 64 * 4)
+    monkeypatch.setattr(
+        Probe, "levels", lambda _self, norms, _lost, _least: np.full(len(norms), level)
+    )
+    passed: list[int] = []
+    screen = Probe.screen
+
+    def seen(*given: Any) -> Any:
+        found = screen(*given)
+        passed.append(len(found[0]))
+        return found
+
+    monkeypatch.setattr(Probe, "screen", seen)
+    monkeypatch.setattr(bands.Bands, "nearest", None)
+    made = make(tmp_path / "run", rows=90, tied=tied)
+    index.build_index(made.run)
+    queries = np.random.default_rng(0).normal(size=(4, 64))
+    queries[1:3] = index.PooledVectors(made.run, "train", "steps").rows_of(3, 5)[:, 3]
+    queries[3] = 0
+    slot = None if tied else 2
+    for k in (1, 10, 70):
+        with_planes = index.Searcher(made.run, many=True).search(queries, k, slot=slot)
+        plain = index.Searcher(made.run, use_index=False).search(queries, k, slot=slot)
+        for one, other in zip(with_planes[:3], plain, strict=False):
+            assert one.numbers.tolist() == other.numbers.tolist()
+            np.testing.assert_allclose(one.scores, other.scores, rtol=1e-6)
+    assert passed and min(passed) < 40
+
+
+def test_levels_cost_least() -> None:
+    """Short vectors are told by few bits, long ones need more or all, and of hopeless ones none."""
+    probe = Probe(query_of(1024))
+    lost = np.tile(np.linspace(0.9, 0.1, LEVELS), (4, 1))
+    found = probe.levels(np.array([1.01, 2.0, 4.0, 50.0]), lost, 1.0)
+    assert 0 < found[0] < found[1] < found[2] and found[3] == 0
+
+
+def test_an_index_of_any_dimension(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a stripe would be no whole bytes there are no planes, and FAISS scans."""
+    monkeypatch.setattr(bands, "PAYS", 0)
+    vectors = np.random.default_rng(0).normal(size=(200, 40)).astype(np.float32)
+    norms = np.linalg.norm(vectors, axis=1)
+    entries = bands.write_bands(
+        tmp_path, [np.argsort(-norms)], norms, lambda numbers: vectors[numbers]
+    )
+    assert [entry["lost"] for entry in entries] == [[]]
+    assert not list(tmp_path.glob("*planes*"))
+
+
+def test_a_few_searches_load_no_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not before FAISS has read as much as loading it takes."""
+    made = make(tmp_path / "run", rows=90)
+    index.build_index(made.run)
+    searcher = index.Searcher(made.run)
+    assert searcher.bands is not None and searcher.bands.screens() is None
+    searcher.search(np.ones((3, 64)), 5)
+    assert searcher.bands.screens() is None
+    loaded: list[str] = []
+    monkeypatch.setattr(bands, "PAYS", 64)
+    monkeypatch.setattr(team, "kernels", loaded.append)
+    assert searcher.bands.screens() is None
+    assert loaded == (["bitplanes"] if "avx2" in team.features() else [])
+
+
+def test_smaller_registers(tmp_path: Path, kernels: ModuleType) -> None:
+    """What processors without AVX-512 are given finds the same."""
+    if kernels.REGISTER == 32:
+        pytest.skip("they are what all the other tests ran on")
+    features = "sse sse2 sse3 ssse3 sse4.1 sse4.2 avx avx2 fma bmi bmi2 popcnt f16c lzcnt cx16"
+    told = {
+        "NUMBA_CPU_NAME": "haswell",
+        "NUMBA_CPU_FEATURES": ",".join(f"+{each}" for each in features.split()),
+        "NUMBA_CACHE_DIR": str(tmp_path),
+    }
+    test = f"{__file__}::test_what_passes"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", test]
+    done = subprocess.run(
+        command, env=os.environ | told, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and "16 passed" in done.stdout, done.stdout + done.stderr
