@@ -30,7 +30,7 @@ import numpy.typing as npt
 import torch
 
 from curate import atomic
-from curate.bitplanes import Planes, fits, write_planes
+from curate.bitplanes import Planes, fits, reached, write_planes
 from curate.errors import CurateError
 from curate.multiply import LARGEST, Operand
 from sdi import team
@@ -45,10 +45,8 @@ BAND_BYTES = 64 << 20
 KEPT_BANDS = 64
 PAYS = 4 << 30
 """Bytes that FAISS reads in the time that loading a kernel takes, 0.4 s."""
-_TOGETHER, _PRODUCTS = 1 << 20, 16 << 20
-"""Bytes of codes that are multiplied at once, and of their products at most."""
-_OFFSET = 128
-"""What FAISS adds to a code to store it."""
+_TOGETHER, _PRODUCTS = 1 << 20, 4 << 20
+"""Bytes of codes that are multiplied at once, and of their products."""
 _GPU_MOST = 2048
 """How many neighbours FAISS finds on a GPU."""
 
@@ -217,18 +215,38 @@ class Bands:
                 self._planes[number], self._told[number] = made, made.told
         return self._told[first:last]
 
-    def products(self, band: Band, queries: Operand) -> Iterator[tuple[int, Floats]]:
-        """Products of a band's codes with queries, some codes at a time: the first's place, and
-        (codes, Q).
+    def reached(
+        self, band: Band, queries: Operand, sizes: Floats, far: Floats, needs: Floats
+    ) -> tuple[Numbers, Numbers, Floats]:
+        """The codes of a band and the queries, in whole numbers, whose product p is so large that
+        (p · size + far) · scale reaches what the query needs.
+
+        Args:
+            sizes, far, needs: (Q,).
+
+        Returns:
+            The query of each, the code's place in `numbers`, and p · size; by places, those of one
+            by queries.
         """
-        stored = self._codes(band, self._index(band))
-        dim = stored.shape[1]
-        step = max(1, min(_TOGETHER // dim, _PRODUCTS // (4 * queries.width)))
-        buffer = np.empty((step, dim), dtype=np.uint8)
+        kernels = self.screens() if queries.digits == 1 else None
+        stored, scales = self._codes(band, self._index(band)), self.scales_of(band)
+        self._read += stored.size
+        bytes_each = stored.shape[1] if kernels is None else 0
+        step = max(1, min(_TOGETHER // max(1, bytes_each), _PRODUCTS // (4 * queries.width)))
+        found = []
         for start in range(0, band.count, step):
-            part = stored[start : start + step]
-            codes = np.subtract(part, _OFFSET, out=buffer[: len(part)]).view(np.int8)  # wraps
-            yield start, queries.times(torch.from_numpy(codes), torch.float32).numpy()
+            rows = torch.from_numpy(stored[start : start + step])
+            own = scales[start : start + step]
+            if kernels is None:
+                dots = queries.times(rows, torch.float32).numpy() * sizes
+                places, which = np.nonzero((dots + far) * own[:, None] >= needs)
+                dots = dots[places, which]
+            else:
+                products = queries.products(rows, tiled=True)
+                places, which, dots = reached(kernels, products, own, sizes, far, needs)
+            found.append((which, band.start + start + places, dots))
+        which, places, dots = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        return which, places, dots
 
     def _codes(self, band: Band, index: Any) -> npt.NDArray[np.uint8]:
         """As FAISS stores them, (V, M)."""

@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from torch import Tensor
 
 from curate import atomic
 from sdi import team
@@ -226,3 +228,20 @@ class Probe:
         )  # fmt: skip
         team.run(kernels.screened, job, 1)
         return places[: found[0]].astype(np.int64), products[: found[0]].copy()
+
+
+def reached(
+    kernels: ModuleType, products: Tensor, scales: Floats, sizes: Floats, far: Floats, needs: Floats
+) -> tuple[Numbers, Numbers, Floats]:
+    """See `curate.bands.Bands.reached`; of int32 products (V, Q or more)."""
+    queries, rows = len(sizes), len(scales)
+    assert products.dtype == torch.int32 and products.shape[1] >= queries, products.shape
+    hits, found = np.empty(rows * queries, dtype=np.int32), np.zeros(1, dtype=np.int64)
+    scales = np.ascontiguousarray(scales)
+    job = (
+        0, rows, queries, products.stride(0), products.data_ptr(),
+        *(array.ctypes.data for array in (scales, sizes, far, needs, hits, found)),
+    )  # fmt: skip
+    team.run(kernels.reached, job, 1)
+    places, which = np.divmod(hits[: found[0]].astype(np.int64), queries)
+    return places, which, products.numpy()[places, which] * sizes[which]

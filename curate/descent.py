@@ -9,6 +9,7 @@ Letters: V vectors, Q queries, M sketch dimension.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import numpy as np
@@ -23,6 +24,8 @@ Doubles = npt.NDArray[np.float64]
 Dots = npt.NDArray[np.floating]
 SLACK = 32
 """How many more are asked of a band than twice those that the band before had to give."""
+SHARED, ROUNDED = 8, 2.0**-18
+"""Bands that are multiplied at once, at most."""
 GROWS, MOST = 4, 64
 """Bands that are screened at once: one, then so many times as many each time, up to so many."""
 TOGETHER, WIDENED = 6, 8
@@ -76,46 +79,54 @@ class Descent:
         # A program may have allowed torch to round the operands of float32 products.
         holds = digits or torch.get_float32_matmul_precision() == "highest"
         multiplies = len(queries) >= self._together and holds and not bands.gpu
-        self._operand = Operand.of(units, device) if multiplies else None
+        # FAISS and products in float32 round each sum; digits add up exactly.
+        self._scanned, self._multiplied = (
+            rounding(dim, dim),
+            rounding(2 if digits else dim + 2, dim),
+        )
         largest = np.abs(units).max(axis=1)
-        # FAISS and products in float32 round each sum. Digits add up exactly; they leave so much of
-        # a query's entries, and become float32 in fewer than eight roundings.
-        times = 8 + largest * np.sqrt(dim) if digits else np.full(len(queries), dim + 2.0)
-        self._scanned, self._multiplied = rounding(dim, dim), rounding(times, dim)
         self._sizes = np.where(largest > 0, largest, 1.0) / LARGEST
         self._whole = np.rint(units / self._sizes[:, None])
         self._left = np.linalg.norm(units - self._sizes[:, None] * self._whole, axis=1)
+        self._operand = Operand.of(self._whole, device) if multiplies else None
 
     def down(self, first: int, last: int) -> Numbers:
         """Take what could enter from bands that lie by norm; how many vectors each query saw."""
         seen = np.zeros(len(self.candidates), dtype=np.int64)
-        for number in range(first, last):
+        many = 1
+        while first < last:
             queries = range(len(self.candidates))
-            active = np.array([query for query in queries if self._could(number, query)], np.int64)
+            active = np.array([query for query in queries if self._could(first, query)], np.int64)
             if self._operand is None or len(active) < self._together:
                 for query in active:
-                    seen[query] += self._alone(number, last, int(query))
+                    seen[query] += self._alone(first, last, int(query))
                 break
-            band = self._bands.bands[number]
-            self._multiply(band, active, self._operand.some(torch.from_numpy(active)))
-            seen[active] += band.count
+            end = min(last, first + many)
+            while not any(self._could(end - 1, query) for query in active):
+                end -= 1
+            bands = self._bands.bands[first:end]
+            self._multiply(bands, active, self._operand.some(torch.from_numpy(active)))
+            seen[active] += sum(band.count for band in bands)
+            first, many = end, min(2 * many, SHARED)
         return seen
 
-    def _multiply(self, band: Band, active: Numbers, operand: Operand) -> None:
-        """Take what the products of all of a band's codes say could enter."""
-        margin = (band.rest + self._multiplied[active]).astype(np.float32)
-        least = np.array([self._least(query) for query in active], dtype=np.float32)
+    def _multiply(self, bands: Sequence[Band], active: Numbers, operand: Operand) -> None:
+        """Take what the products of all codes of bands say could enter."""
+        left, sizes = self._left[active], self._sizes[active]
+        least = np.array([self._least(query) for query in active])
+        rest = max(band.rest for band in bands) + self._multiplied
         found = []
-        for start, products in self._bands.products(band, operand):
-            scales = self._bands.scales_of(band)[start : start + len(products), None]
-            places, which = np.nonzero((products + margin) * scales >= least)
-            found.append((which, start + places, products[places, which]))
+        for band in bands:
+            # Sums of a few float32 numbers are off by less than this of the lengths.
+            needs = least - (left + ROUNDED) * band.norm
+            floats = (each.astype(np.float32) for each in (sizes, (1 + left) * rest, needs))
+            found.append(self._bands.reached(band, operand, *floats))
         which, places, dots = (np.concatenate(parts) for parts in zip(*found, strict=True))
         order = np.argsort(which, kind="stable")
         ends = np.searchsorted(which[order], np.arange(1, len(active)))
         for number, own in enumerate(np.split(order, ends)):
             query = int(active[number])
-            self._take(query, dots[own], band.start + places[own], float(margin[number]))
+            self._take_rounded(query, places[own], dots[own], rest, self._left[query])
 
     def _could(self, number: int, query: int) -> bool:
         """Whether a vector of a band could still enter.

@@ -28,6 +28,8 @@ from torch.utils.dlpack import from_dlpack
 from sdi import amx, team
 
 LARGEST = 127
+OFFSET = 128
+"""What FAISS adds to a number to store it in a byte."""
 BASE = 254.0
 """How many units of a digit make one of the digit before it."""
 DIGITS = 3
@@ -88,26 +90,32 @@ class Operand:
         return 0 if self.scale is None else self.width // self.count
 
     def products(self, rows: Tensor, place: int = 0, *, tiled: bool = False) -> Tensor:
-        """Inner products of int8 rows (R, M) with each column, int32 or float32 (R, width or more).
+        """Inner products of rows (R, M) with each column, int32 or float32 (R, width or more).
 
         On the CPU they are written over what the thread was given last for that `place`.
 
         Args:
+            rows: int8, or uint8 with `OFFSET` added, as FAISS stores them.
             tiled: whether there is so much to do that loading a kernel pays, where there is one.
         """
-        if self.scale is None:
-            return _widened_product(rows, self.columns, place)
-        assert rows.dtype == torch.int8 and rows.shape[1] == len(self.columns), rows.shape
-        kernels = amx.kernels("bytetiles") if tiled and rows.stride(1) == 1 else None
+        kernels = None
+        if self.scale is not None and tiled and rows.stride(1) == 1:
+            kernels = amx.kernels("bytetiles")
         if kernels is None or rows.shape[1] % kernels.LINE:
+            rows = _signed(rows)
+            if self.scale is None:
+                return _widened_product(rows, self.columns, place)
             out = _room(place, torch.int32, len(rows), self.width)
             return torch._int_mm(rows, self.columns, out=out)
+        assert rows.dtype in (torch.int8, torch.uint8), rows.dtype
+        assert rows.shape[1] == len(self.columns), rows.shape
         packed, dim = self._packed, rows.shape[1]
         width, height = 16 * len(packed), amx.up(len(rows), kernels.SPAN)
         out = _room(place, torch.int32, height, width)
         size = kernels.CHUNK * dim
         threads = min(team.size(), -(-height // kernels.CHUNK))
-        addresses = (rows.data_ptr(), rows.stride(0), packed.data_ptr(), out.data_ptr())
+        flips = 0x80808080 if rows.dtype == torch.uint8 else 0
+        addresses = (rows.data_ptr(), rows.stride(0), flips, packed.data_ptr(), out.data_ptr())
         room = amx.configuration().ctypes.data, amx.rooms(threads * size), size
         team.run(kernels.multiplied, (0, 0, len(rows), dim, width, *addresses, *room), threads)
         return out[: len(rows)]
@@ -129,6 +137,14 @@ class Operand:
             own = whole[:, digit * self.count : (digit + 1) * self.count]
             product.add_(own, alpha=BASE**-digit)
         return product.mul_(self.scale.to(dtype))
+
+
+def _signed(rows: Tensor) -> Tensor:
+    """int8 rows, of uint8 ones in memory that the thread's next ones are written over."""
+    if rows.dtype != torch.uint8:
+        return rows
+    out = team.room("signed", torch.uint8, rows.numel()).view(rows.shape)
+    return torch.bitwise_xor(rows, OFFSET, out=out).view(torch.int8)
 
 
 def _room(place: int, dtype: torch.dtype, rows: int, width: int) -> Tensor:

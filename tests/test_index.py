@@ -47,12 +47,19 @@ def test_index_is_exact(tmp_path: Path, tied: bool, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize(("queries", "integers"), [(3, False), (12, False), (12, True)])
 def test_many_queries_at_once(
-    tmp_path: Path, tied: bool, queries: int, integers: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    tied: bool,
+    queries: int,
+    integers: bool,
+    many: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Scanned one by one or multiplied together, from small bands or with none: the same rows,
-    which are brute force's; so too for opposite vectors, zero, and more rows than there are.
+    """Scanned one by one or multiplied together, with kernels or without, from small bands or with
+    none: the same rows, which are brute force's; so too for opposite vectors, zero, and more rows
+    than there are.
     """
     if integers and not multiply.exact_integers():
         pytest.skip("this processor has no fast exact int8 products")
@@ -73,7 +80,7 @@ def test_many_queries_at_once(
     if slot is not None:
         scores[:, :, [0, 1, 3]] = -np.inf
     for k in (1, 10, 70, 1000):
-        searcher = index.Searcher(made.run)
+        searcher = index.Searcher(made.run, many=many)
         assert searcher.bands is not None and len(searcher.bands.bands) > 2
         there = min(k, 90 if slot is not None else 360)
         plain = index.Searcher(made.run, use_index=False).search(vectors, k, slot=slot)
@@ -145,8 +152,11 @@ def hidden_by(rounded: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("rounded", ["query", "vectors", "sums"])
+@pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize("queries", [1, 12])
-def test_bounds_hold_what_rounding_hides(tmp_path: Path, rounded: str, queries: int) -> None:
+def test_bounds_hold_what_rounding_hides(
+    tmp_path: Path, rounded: str, queries: int, many: bool
+) -> None:
     """FAISS sees whole numbers only, and sums in float32 are rounded; candidates hold the best by
     what they do not see.
     """
@@ -154,7 +164,7 @@ def test_bounds_hold_what_rounding_hides(tmp_path: Path, rounded: str, queries: 
     norms = np.linalg.norm(vectors, axis=1)
     order = np.argsort(-norms, kind="stable")
     entries = bands.write_bands(tmp_path, [order], norms, lambda numbers: vectors[numbers])
-    kept = bands.Bands(tmp_path, entries)
+    kept = bands.Bands(tmp_path, entries, many=many)
     search = descent.Descent(kept, query.repeat(queries, axis=0), 1)
     assert (search.down(0, len(entries)) == 1000).all()
     products = vectors.astype(np.float64) @ query[0]

@@ -86,6 +86,27 @@ def test_products_in_tiles_are_exact(dim: int, rows: int, count: int, threads: i
     np.testing.assert_array_equal(some[:, :2].numpy(), expected[:, [count - 1, 0]])
 
 
+@pytest.mark.parametrize("tiled", [False, True])
+@pytest.mark.parametrize("integers", [False, True])
+@pytest.mark.parametrize("dim", [64, 600])
+def test_bytes_as_faiss_stores_them(
+    dim: int, integers: bool, tiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was added to a byte does not count, whatever multiplies."""
+    if integers and not multiply.exact_integers():
+        pytest.skip("this processor has no fast exact int8 products")
+    monkeypatch.setattr(multiply, "exact_integers", lambda: integers)
+    rows, query = sketches(70, dim)[0], sketches(3, dim, seed=1)[0]
+    rows[0], rows[1] = 127, -128
+    stored = torch.from_numpy((rows.astype(np.int16) + multiply.OFFSET).astype(np.uint8))
+    before = stored.clone()
+    operand = Operand.of(query.astype(np.float32), CPU)
+    found = operand.products(stored, tiled=tiled)[:, :3].double()
+    expected = rows.astype(np.int64) @ query.T.astype(np.int64)
+    np.testing.assert_array_equal(found * (operand.scale if integers else 1), expected)
+    assert torch.equal(stored, before)
+
+
 def test_room_that_is_kept_serves_inside_and_outside_of_inference_mode() -> None:
     """Products are written over the last ones, whether or not these were made for inference."""
     rows = torch.from_numpy(sketches(8, 128)[0])

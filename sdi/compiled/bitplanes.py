@@ -16,6 +16,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from sdi.compiled.ahead import PAGE, ask_row, prefetch
 from sdi.compiled.turns import LOOSE, carray, kernel, pointer
 
 BANDS, DIM, PLANES, STRIPES, PLAN, NEEDS, TABLES, WHOLE = range(1, 9)
@@ -32,6 +33,11 @@ BITS, LEVEL, COUNT, GAINS, RESTS, CODES, LEAST = range(7)
 stripes are read; how many vectors; addresses of float32 gains and rests at that level, in whole
 blocks; of its codes, uint8 (count, M), with `OFFSET` added; and the least product of these with the
 whole numbers that is of use."""
+CODED, QUERIES, APART, PRODUCTS, SCALES, SIZES, FAR, LIMITS, HITS, REACHED = range(1, 11)
+"""Places in a job of `reached`: how many codes and queries; numbers from one code's products to the
+next one's; addresses of int32 products, of float32 scales of the codes, of the sizes of the
+queries' numbers, how far off their products may be, and what they need; of int32, the number of
+each hit among all products; and of int64 (1,), how many there are."""
 ROWS, WIDTH, FROM, OUT = range(1, 5)
 """Places in a job of `gathered`: how many rows; bytes of each; addresses of int64 (rows,), where
 each of them lies or 0, and of where they go, one after another."""
@@ -42,13 +48,8 @@ _PAIRS = 128
 """Of groups whose sums fit into 16 bits."""
 _FEW = 16
 """Vectors that are asked together whether any of them may be among the best."""
-_AHEAD = 4096
-"""Bytes that the processor is asked to read before they are wanted: the next page, since by itself
-it reads ahead within one."""
-
 _NEXT, _COMING = 4, 16
 """How many rows ahead codes are asked for that are multiplied, and rows that are copied."""
-_LINE = 64
 
 _byte, _half, _word, _long = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _longs, _words, _halves = pointer(types.int64), pointer(types.int32), pointer(types.int16)
@@ -89,14 +90,6 @@ def _call(builder: Any, name: str, made: Any, *given: Any) -> Any:
     return builder.call(known or ir.Function(builder.module, kind, name), given)
 
 
-def _prefetch(builder: Any, place: Any) -> None:
-    """Ask for the line at an address, which need not be anyone's, to be read into all caches."""
-    name, at = "llvm.prefetch.p0i8", builder.inttoptr(place, _byte.as_pointer())
-    kind = ir.FunctionType(ir.VoidType(), [at.type, _word, _word, _word])
-    known = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-    builder.call(known, [at, *(ir.Constant(_word, each) for each in (0, 3, 1))])
-
-
 def _shuffled(builder: Any, one: Any, other: Any, order: list[int]) -> Any:
     return builder.shuffle_vector(one, other, ir.Constant(_vector(_word, len(order)), order))
 
@@ -122,7 +115,7 @@ def _look_up(_context: Any, bits: Any, tables: Any, pairs: Any, sums: Any, weigh
                 moved = builder.mul(loop.index, ir.Constant(_long, size))
                 return builder.add(builder.add(base, moved), ir.Constant(_long, offset))
 
-            _prefetch(builder, at(bits, LANES, _AHEAD))
+            prefetch(builder, at(bits, LANES, PAGE))
             wide = [number % 16 for number in range(REGISTER)]
             small = [_read(builder, at(tables, 32, 16 * i), _byte, 16) for i in range(2)]
             table = [_shuffled(builder, each, each, wide) for each in small]
@@ -182,18 +175,8 @@ def _multiply(_context: Any, codes: Any, whole: Any, dim: Any) -> Any:
     return types.int64(codes, whole, dim), generate
 
 
-def _ask(_context: Any, place: Any) -> Any:
-    """Ask for a line."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, given: Any) -> None:
-        _prefetch(builder, given[0])
-
-    return types.void(place), generate
-
-
 look_up: Any = intrinsic(_look_up)  # numba fills in the contexts
 multiply: Any = intrinsic(_multiply)
-ask: Any = intrinsic(_ask)
 
 
 @numba.njit
@@ -244,12 +227,6 @@ def _passed(job: Any, band: Any, size: Any, length: Any, need: Any, places: Any,
     return end
 
 
-@numba.njit
-def _ask_row(place: Any, width: Any) -> None:
-    for line in range(0, width if place else 0, _LINE):
-        ask(place + line)
-
-
 @kernel
 def screened(address: Any) -> None:
     """See `curate.bitplanes.Probe.screen`."""
@@ -278,7 +255,7 @@ def screened(address: Any) -> None:
         for hit in range(found, end):
             place = places[hit]
             if hit + _NEXT < end:
-                _ask_row(band[CODES] + dim * places[hit + _NEXT], dim)
+                ask_row(band[CODES] + dim * places[hit + _NEXT], dim)
             dot = multiply(band[CODES] + dim * place, job[WHOLE], dim) - offset
             if dot >= band[LEAST]:
                 places[found], dots[found] = first + place, dot
@@ -296,10 +273,38 @@ def gathered(address: Any) -> None:
     rows, width = job[ROWS], job[WIDTH]
     places = carray(_longs(job[FROM]), (rows,))
     for row in range(min(_COMING, rows)):
-        _ask_row(places[row], width)
+        ask_row(places[row], width)
     for row in range(rows):
         if row + _COMING < rows:
-            _ask_row(places[row + _COMING], width)
+            ask_row(places[row + _COMING], width)
         if places[row]:
             source = carray(_bytes(places[row]), (width,))
             carray(_bytes(job[OUT] + width * row), (width,))[:] = source
+
+
+@numba.njit(fastmath=LOOSE)
+def _count(products: Any, scale: Any, sizes: Any, far: Any, limits: Any) -> Any:
+    """How many of a code's products are large enough."""
+    count = 0
+    for i in range(sizes.shape[0]):
+        count += (np.float32(products[i]) * sizes[i] + far[i]) * scale >= limits[i]
+    return count
+
+
+@kernel
+def reached(address: Any) -> None:
+    """See `curate.bands.Bands.reached`."""
+    job = carray(address, (REACHED + 1,), np.int64)
+    codes, queries, found = job[CODED], job[QUERIES], 0
+    scales = carray(_floats(job[SCALES]), (codes,))
+    sizes = carray(_floats(job[SIZES]), (queries,))
+    far, limits = carray(_floats(job[FAR]), (queries,)), carray(_floats(job[LIMITS]), (queries,))
+    hits = carray(_words(job[HITS]), (codes * queries,))
+    for code in range(codes):
+        products = carray(_words(job[PRODUCTS] + 4 * job[APART] * code), (queries,))
+        if _count(products, scales[code], sizes, far, limits):
+            for i in range(queries):
+                if (np.float32(products[i]) * sizes[i] + far[i]) * scales[code] >= limits[i]:
+                    hits[found] = queries * code + i
+                    found += 1
+    carray(_longs(job[REACHED]), (1,))[0] = found

@@ -30,10 +30,12 @@ from sdi.compiled.tileinstructions import (
 )
 from sdi.compiled.turns import TURNS, carray, kernel, turn
 
-BEGUN, ROWS, DIM, WIDTH, FACTOR, APART, PACKED, OUT, CONFIGURATION, ROOMS, SIZE = range(1, 12)
+BEGUN, ROWS, DIM, WIDTH, FACTOR, APART, FLIPS = range(1, 8)
 """Places in a job: counts the threads that began; R, M (a multiple of `LINE`), the number of
-vectors with those that fill up to a multiple of `SPAN`; addresses of int8 (R, M), `APART` bytes
-from row to row, of the packed vectors, and of int32 (R, WIDTH); of the tiles' configuration; of the
+vectors with those that fill up to a multiple of `SPAN`; address of int8 (R, M), `APART` bytes from
+row to row, and which bits of each four bytes are to be flipped."""
+PACKED, OUT, CONFIGURATION, ROOMS, SIZE = range(8, 13)
+"""Addresses of the packed vectors, of int32 (R, WIDTH), of the tiles' configuration, of the
 threads' rooms, (CHUNK, M) bytes, and a room's size."""
 LINE = 64
 """Numbers of a row of a tile."""
@@ -51,7 +53,7 @@ def _copy(job: Any, room: Any, first: Any, tiles: Any) -> None:
         source = job[FACTOR] + job[APART] * row
         target = room + TILE * tiles * (own // SIDE) + LINE * (own % SIDE)
         for tile in range(tiles):
-            copy_line(source + LINE * tile, target + TILE * tile)
+            copy_line(source + LINE * tile, target + TILE * tile, job[FLIPS])
 
 
 @numba.njit

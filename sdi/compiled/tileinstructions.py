@@ -108,13 +108,19 @@ def _moved(instruction: str) -> Any:
     return intrinsic(build)
 
 
-def _copy_line(_context: Any, source: Any, target: Any) -> Any:
-    """Copy 64 bytes."""
+def _copy_line(_context: Any, source: Any, target: Any, flips: Any) -> Any:
+    """Copy 64 bytes; of each four the bits of a word are flipped."""
 
     def generate(_context: Any, builder: Any, _signature: Any, given: Any) -> None:
-        write_vector(builder, given[1], read_vector(builder, given[0], word_type))
+        source, target, flips = given
+        empty = ir.Constant(vector(word_type), ir.Undefined)
+        word = builder.trunc(flips, word_type)
+        one = builder.insert_element(empty, word, ir.Constant(word_type, 0))
+        all_of_them = builder.shuffle_vector(one, empty, each(0))
+        read = read_vector(builder, source, word_type)
+        write_vector(builder, target, builder.xor(read, all_of_them))
 
-    return types.void(source, target), generate
+    return types.void(source, target, flips), generate
 
 
 def _add_numbers(count: int) -> Any:
