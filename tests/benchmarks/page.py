@@ -51,7 +51,7 @@ MEMORY_NOTE = """\
 Memory of a side that ran on 1,024 rows at most is not extrapolated, nor held against the demand.
 """
 SIZES_NOTE = """\
-Of the batches tried (padded tokens; rows) ours is the smallest that gives nine tenths of the most
+Of the batches tried (padded tokens; rows) ours is the smallest that gives four fifths of the most
 rows a second, the other's the fastest.
 """
 
