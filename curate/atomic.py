@@ -11,11 +11,12 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from curate.errors import CurateError
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
     import polars as pl
 
 TEMPORARY = ".partial"
@@ -108,6 +109,17 @@ def write_bytes(path: Path, data: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
     """Replace the contents of `path` in one step."""
     write_bytes(path, text.encode())
+
+
+def write_array(path: Path, array: npt.NDArray[Any]) -> None:
+    """Write an array as .npy, or leave the file as it was."""
+    import numpy as np
+
+    def write(to: Path) -> None:
+        with to.open("wb") as stream:
+            np.save(stream, array)
+
+    write_with(path, write)
 
 
 def write_with(path: Path, write: Callable[[Path], object]) -> None:

@@ -28,15 +28,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from curate import atomic
-from curate.bitplanes import Planes, fits, reached, write_planes
+from curate.bitplanes import ENDS, Planes, fits, write_planes
 from curate.errors import CurateError
-from curate.multiply import LARGEST, Operand
+from curate.multiply import LARGEST, Operand, tiles_for
 from sdi import team
 
 Floats = npt.NDArray[np.float32]
 Numbers = npt.NDArray[np.int64]
+Hits = tuple[Numbers, Numbers, Floats]
 FIRST = 1024
 LEAST = 4096
 MOST_BANDS = 128
@@ -47,6 +49,7 @@ PAYS = 4 << 30
 """Bytes that FAISS reads in the time that loading a kernel takes, 0.4 s."""
 _TOGETHER, _PRODUCTS = 1 << 20, 4 << 20
 """Bytes of codes that are multiplied at once, and of their products."""
+_INDEX = ".faiss"
 _GPU_MOST = 2048
 """How many neighbours FAISS finds on a GPU."""
 
@@ -118,7 +121,7 @@ def write_bands(
                 progress(start + size, len(norms))
     whole = np.concatenate(scales) if scales else np.empty(0, dtype=np.float32)
     for name, array in (("numbers", numbers), ("scales", whole), ("norms", norms[numbers])):
-        _save(directory / f"{name}.npy", array)
+        atomic.write_array(directory / f"{name}.npy", array)
     return [asdict(band) for band in bands]
 
 
@@ -134,16 +137,8 @@ def _write(path: Path, values: Floats) -> tuple[Floats, float]:
     index = faiss.IndexScalarQuantizer(values.shape[1], kind, faiss.METRIC_INNER_PRODUCT)
     index.train(exact)  # nothing to learn; says that it is trained
     index.add(exact)
-    atomic.write_with(path.with_suffix(".faiss"), lambda to: faiss.write_index(index, str(to)))
+    atomic.write_with(path.with_suffix(_INDEX), lambda to: faiss.write_index(index, str(to)))
     return scale, rest
-
-
-def _save(path: Path, array: npt.NDArray[Any]) -> None:
-    def save(to: Path) -> None:
-        with to.open("wb") as stream:
-            np.save(stream, array)
-
-    atomic.write_with(path, save)
 
 
 class Bands:
@@ -183,7 +178,8 @@ class Bands:
         self._read = PAYS if many else 0
         self.gpu = getattr(self._faiss, "get_num_gpus", int)() > 0
         for band in self.bands:
-            self._path(band).stat()
+            for end in (_INDEX, *(ENDS if band.lost else ())):
+                self._path(band, end).stat()
 
     def scales_of(self, band: Band) -> Floats:
         """Scales of a band's vectors, (V,)."""
@@ -194,7 +190,7 @@ class Bands:
         read to load it for.
         """
         fit = self.lost.size and not self.gpu and "avx2" in team.features()
-        return team.kernels("bitplanes") if fit and self._read >= PAYS else None
+        return team.kernels("search") if fit and self._read >= PAYS else None
 
     def nearest(self, band: Band, query: Floats, want: int) -> tuple[Floats, Numbers]:
         """The `want` codes with the largest product with `query` (M,): products and places.
@@ -211,13 +207,14 @@ class Bands:
         for number in range(first, last):
             if self._planes[number] is None:
                 band = self.bands[number]
-                made = Planes(self._path(band), self._codes(band, self._mapped(band)))
-                self._planes[number], self._told[number] = made, made.told
+                held = self._mapped(band)
+                made = Planes(self._path(band), self._codes(band, held), held)
+                self._told[number], self._planes[number] = made.told, made
         return self._told[first:last]
 
     def reached(
         self, band: Band, queries: Operand, sizes: Floats, far: Floats, needs: Floats
-    ) -> tuple[Numbers, Numbers, Floats]:
+    ) -> Hits:
         """The codes of a band and the queries, in whole numbers, whose product p is so large that
         (p · size + far) · scale reaches what the query needs.
 
@@ -225,14 +222,15 @@ class Bands:
             sizes, far, needs: (Q,).
 
         Returns:
-            The query of each, the code's place in `numbers`, and p · size; by places, those of one
-            by queries.
+            The query of each, the code's place in `numbers`, and p · size.
         """
         kernels = self.screens() if queries.digits == 1 else None
-        stored, scales = self._codes(band, self._index(band)), self.scales_of(band)
+        stored, scales = self._codes(band, self._mapped(band)), self.scales_of(band)
         self._read += stored.size
-        bytes_each = stored.shape[1] if kernels is None else 0
-        step = max(1, min(_TOGETHER // max(1, bytes_each), _PRODUCTS // (4 * queries.width)))
+        tiled = kernels is not None and tiles_for(stored.shape[1]) is not None
+        step = max(1, _PRODUCTS // (4 * queries.width))
+        if not tiled:  # as many as a cache holds when they were copied
+            step = max(1, min(step, _TOGETHER // stored.shape[1]))
         found = []
         for start in range(0, band.count, step):
             rows = torch.from_numpy(stored[start : start + step])
@@ -240,11 +238,11 @@ class Bands:
             if kernels is None:
                 dots = queries.times(rows, torch.float32).numpy() * sizes
                 places, which = np.nonzero((dots + far) * own[:, None] >= needs)
-                dots = dots[places, which]
+                hits = which, places, dots[places, which]
             else:
-                products = queries.products(rows, tiled=True)
-                places, which, dots = reached(kernels, products, own, sizes, far, needs)
-            found.append((which, band.start + start + places, dots))
+                products = queries.products(rows, tiled=tiled)
+                hits = _reached(kernels, products, own, sizes, far, needs)
+            found.append((hits[0], band.start + start + hits[1], hits[2]))
         which, places, dots = (np.concatenate(parts) for parts in zip(*found, strict=True))
         return which, places, dots
 
@@ -264,11 +262,29 @@ class Bands:
     def _mapped(self, band: Band) -> Any:
         if band.name not in self._open:
             flags = self._faiss.IO_FLAG_MMAP_IFC
-            self._open[band.name] = self._faiss.read_index(str(self._path(band)), flags)
+            read = self._faiss.read_index(str(self._path(band)), flags)
+            return self._open.setdefault(band.name, read)
         return self._open[band.name]
 
-    def _path(self, band: Band) -> Path:
-        return (self._directory / band.name).with_suffix(".faiss")
+    def _path(self, band: Band, end: str = _INDEX) -> Path:
+        return (self._directory / band.name).with_suffix(end)
+
+
+def _reached(
+    kernels: ModuleType, products: Tensor, scales: Floats, sizes: Floats, far: Floats, needs: Floats
+) -> Hits:
+    """`Bands.reached` of int32 products (V, Q or more)."""
+    queries, rows = len(sizes), len(scales)
+    assert products.dtype == torch.int32 and products.shape[1] >= queries, products.shape
+    hits, found = np.empty(rows * queries, dtype=np.int32), np.zeros(1, dtype=np.int64)
+    scales = np.ascontiguousarray(scales)
+    job = (
+        0, rows, queries, products.stride(0), products.data_ptr(),
+        *(array.ctypes.data for array in (scales, sizes, far, needs, hits, found)),
+    )  # fmt: skip
+    team.run(kernels.reached, job, 1)
+    places, which = np.divmod(hits[: found[0]].astype(np.int64), queries)
+    return which, places, products.numpy()[places, which] * sizes[which]
 
 
 def rounding(times: float | npt.NDArray[np.float64], dim: int) -> Any:

@@ -15,17 +15,14 @@ Letters: V vectors, M sketch dimension, B bands, L levels, T stretches of `LANES
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from curate import atomic
+from curate.errors import CurateError
 from sdi import team
 
 Bytes = npt.NDArray[np.uint8]
@@ -39,8 +36,8 @@ LANES = 64
 STEP = 32
 """M is a multiple of this: a stripe is whole bytes."""
 DEEPEST = 1 << 16
-"""The largest M whose products are sure to fit in int32."""
-_ENDS = (".planes.npy", ".bounds.npy")
+"""The largest M; there whole numbers still tell a query to a thousandth."""
+ENDS = (".planes.npy", ".bounds.npy")
 """uint8 (PLANES, STRIPES, T, M / 32, LANES) bits, and float32 (L, 2, T · LANES) gains and rests."""
 _CELL = 0.335
 """Of a cell, in standard deviations: the best 16 equal cells for normal numbers (Max 1960)."""
@@ -49,6 +46,8 @@ _SUMS = 127
 _SHORT, _WORDS = 2**15 - 1, 2**31 * 16 // (2 * 255) - 1
 """The largest whole number, and M times it, whose products with codes the kernel can add up."""
 _HUGE = float(1 << 62)
+_TINY = 1e-30
+"""Norms whose bounds in float32 might round by more than `_ROUNDED` of them."""
 _PART = 256
 """Vectors that are worked on at once."""
 _ROUNDED = 2.0**-16
@@ -83,8 +82,8 @@ def write_planes(path: Path, values: Floats) -> list[float]:
         bounds[:, :, here], share = _bounds(part, cells)
         lost += share.sum(axis=1)
     laid = bits.reshape(PLANES, blocks, LANES, STRIPES, -1).transpose(0, 3, 1, 4, 2)
-    for end, array in zip(_ENDS, (np.ascontiguousarray(laid), bounds), strict=True):
-        atomic.write_with(path.with_suffix(end), partial(_save, array))
+    for end, array in zip(ENDS, (np.ascontiguousarray(laid), bounds), strict=True):
+        atomic.write_array(path.with_suffix(end), array)
     return [round(float(each), 4) for each in lost / count]
 
 
@@ -124,11 +123,6 @@ def _bounds(values: Doubles, cells: Bytes) -> tuple[Floats, Doubles]:
     return bounds, share
 
 
-def _save(array: npt.NDArray[Any], path: Path) -> None:
-    with path.open("wb") as stream:
-        np.save(stream, array)
-
-
 class Planes:
     """A band's bit planes, mapped, and its codes.
 
@@ -139,12 +133,25 @@ class Planes:
     Args:
         path: of the band's index.
         codes: uint8 (V, M), as FAISS stores them.
+        holder: what the codes lie in.
+
+    Raises:
+        CurateError: the files are not of these codes.
     """
 
-    def __init__(self, path: Path, codes: Bytes) -> None:
-        self._held = [codes, *(np.load(path.with_suffix(end), mmap_mode="r") for end in _ENDS)]
-        at_codes, at_bits, at_bounds = (array.ctypes.data for array in self._held)
-        self.told = (at_bits, at_bounds, at_codes, len(codes), 4 * self._held[2].shape[2])
+    def __init__(self, path: Path, codes: Bytes, holder: object) -> None:
+        count, dim = codes.shape
+        blocks = -(-count // LANES)
+        bits, bounds = (np.load(path.with_suffix(end), mmap_mode="r") for end in ENDS)
+        shapes = (PLANES, STRIPES, blocks, dim // STEP, LANES), (LEVELS, 2, blocks * LANES)
+        if (bits.shape, bounds.shape) != shapes:
+            raise CurateError(
+                f"{path.with_suffix('')}: bit planes of {bits.shape} and {bounds.shape}, expected "
+                f"{shapes[0]} and {shapes[1]}; make it again: `curate index RUN --overwrite`"
+            )
+        self._held = holder, codes, bits, bounds
+        at_codes, at_bits, at_bounds = (array.ctypes.data for array in (codes, bits, bounds))
+        self.told = (at_bits, at_bounds, at_codes, count, 4 * LANES * blocks)
 
 
 class Probe:
@@ -183,7 +190,8 @@ class Probe:
         room = (self._needs(norms, least) / norms)[:, None] - lost
         passed = np.where(room > 0, np.exp(-0.5 * dim * np.square(room)), 1.0)
         cost = np.arange(1, LEVELS + 1) * (dim / 8 / STRIPES) + _AGAIN * dim * passed
-        return np.where(cost.min(axis=1) < dim, cost.argmin(axis=1) + 1, 0)
+        pays = (cost.min(axis=1) < dim) & (norms > _TINY)
+        return np.where(pays, cost.argmin(axis=1) + 1, 0)
 
     def _needs(self, norms: Doubles, least: float) -> Doubles:
         """What the bound that bits give has to reach, of vectors up to some norms."""
@@ -228,20 +236,3 @@ class Probe:
         )  # fmt: skip
         team.run(kernels.screened, job, 1)
         return places[: found[0]].astype(np.int64), products[: found[0]].copy()
-
-
-def reached(
-    kernels: ModuleType, products: Tensor, scales: Floats, sizes: Floats, far: Floats, needs: Floats
-) -> tuple[Numbers, Numbers, Floats]:
-    """See `curate.bands.Bands.reached`; of int32 products (V, Q or more)."""
-    queries, rows = len(sizes), len(scales)
-    assert products.dtype == torch.int32 and products.shape[1] >= queries, products.shape
-    hits, found = np.empty(rows * queries, dtype=np.int32), np.zeros(1, dtype=np.int64)
-    scales = np.ascontiguousarray(scales)
-    job = (
-        0, rows, queries, products.stride(0), products.data_ptr(),
-        *(array.ctypes.data for array in (scales, sizes, far, needs, hits, found)),
-    )  # fmt: skip
-    team.run(kernels.reached, job, 1)
-    places, which = np.divmod(hits[: found[0]].astype(np.int64), queries)
-    return places, which, products.numpy()[places, which] * sizes[which]

@@ -7,8 +7,10 @@ Letters: N rows of a set, τ steps, M sketch dimension, U slots (1 where one tot
 from __future__ import annotations
 
 import os
+import sys
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from types import ModuleType
@@ -32,6 +34,8 @@ FEW = 6
 """Rows a shard below which they are taken one by one."""
 AHEAD = 2
 """How many shards the system is asked to read before they are wanted."""
+_POPULATE_READ = 22
+"""Linux's MADV_POPULATE_READ, which Python's mmap has no name for."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ class SketchRows:
         self, rows: Numbers, slots: Numbers, kernels: ModuleType | None = None
     ) -> tuple[npt.NDArray[np.int8], Floats]:
         """`values` and `scale` of what `take` takes, in two thirds of its time; with the kernels of
-        `sdi.compiled.bitplanes` in a fifth.
+        `sdi.compiled.search` in a fifth.
         """
         take = self._gathered if kernels is None else partial(self._asked_for, kernels)
         values, scale = take(rows, slots, ("values", "scale"))
@@ -122,6 +126,8 @@ class SketchRows:
         self, kernels: ModuleType, rows: Numbers, slots: Numbers, names: Sequence[str]
     ) -> list[npt.NDArray[Any]]:
         """`_gathered` of one slot each, by a kernel."""
+        if len(rows) and not 0 <= rows.min() <= rows.max() < self.rows:
+            raise IndexError(f"rows {rows.min()} to {rows.max()} of {self.rows}")
         owner = np.searchsorted(self._starts, rows, side="right") - 1
         own = rows - np.asarray(self._starts)[owner]
         widths, found = self._widths[owner], []
@@ -252,10 +258,20 @@ def _read_ahead(array: npt.NDArray[np.int8]) -> None:
         return
     descriptor = os.open(name, os.O_RDONLY)
     try:
-        if not _in_memory(descriptor, array.nbytes):
+        if _in_memory(descriptor, array.nbytes):
+            _enter(array)
+        else:
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
     finally:
         os.close(descriptor)
+
+
+def _enter(array: npt.NDArray[np.int8]) -> None:
+    """Enter the pages of a mapped file into the process's tables at once, not as each is met."""
+    mapped = getattr(array, "_mmap", None)
+    if mapped is not None and sys.platform == "linux":
+        with suppress(OSError):  # a kernel before 5.14
+            mapped.madvise(_POPULATE_READ)
 
 
 def _in_memory(descriptor: int, size: int) -> bool:

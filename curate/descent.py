@@ -24,9 +24,11 @@ Doubles = npt.NDArray[np.float64]
 Dots = npt.NDArray[np.floating]
 SLACK = 32
 """How many more are asked of a band than twice those that the band before had to give."""
-SHARED, ROUNDED = 8, 2.0**-18
+SHARED = 8
 """Bands that are multiplied at once, at most."""
-GROWS, MOST = 4, 64
+_ROUNDED = 2.0**-18
+"""More than float32 rounds off what is held against a need, of the product of both norms."""
+GROWS, MOST = 8, 64
 """Bands that are screened at once: one, then so many times as many each time, up to so many."""
 TOGETHER, WIDENED = 6, 8
 """From so many queries on a product of a band is faster than as many FAISS scans, in integers or,
@@ -34,7 +36,7 @@ where the processor has no fast ones, in float32."""
 
 
 class Candidates:
-    """Vectors that may be among the k best of a query, with bounds on their inner products.
+    """Vectors that may be among the k best of a query of norm one, with bounds on their products.
 
     `least` bounds the k-th best from below; what is below it is dropped. `entered` of those that
     were added last were not.
@@ -68,8 +70,12 @@ class Descent:
 
     def __init__(self, bands: Bands, queries: Doubles, k: int) -> None:
         self._bands = bands
-        self.norms = np.linalg.norm(queries, axis=1)
-        self._units = units = queries / np.where(self.norms > 0, self.norms, 1.0)[:, None]
+        largest = np.abs(queries).max(axis=1)
+        scaled = queries / np.where(largest > 0, largest, 1.0)[:, None]  # squares stay finite
+        self._there = largest > 0
+        self._units = units = (
+            scaled / np.where(self._there, np.linalg.norm(scaled, axis=1), 1.0)[:, None]
+        )
         self._probes: dict[int, Probe] = {}
         dim = queries.shape[1]
         self.candidates = [Candidates(k) for _ in queries]
@@ -79,11 +85,9 @@ class Descent:
         # A program may have allowed torch to round the operands of float32 products.
         holds = digits or torch.get_float32_matmul_precision() == "highest"
         multiplies = len(queries) >= self._together and holds and not bands.gpu
-        # FAISS and products in float32 round each sum; digits add up exactly.
-        self._scanned, self._multiplied = (
-            rounding(dim, dim),
-            rounding(2 if digits else dim + 2, dim),
-        )
+        # FAISS and products in float32 round each sum; whole numbers add up exactly.
+        self._scanned, self._exact = rounding(dim, dim), rounding(2, dim)
+        self._multiplied = self._exact if digits else rounding(dim + 2, dim)
         largest = np.abs(units).max(axis=1)
         self._sizes = np.where(largest > 0, largest, 1.0) / LARGEST
         self._whole = np.rint(units / self._sizes[:, None])
@@ -113,12 +117,11 @@ class Descent:
     def _multiply(self, bands: Sequence[Band], active: Numbers, operand: Operand) -> None:
         """Take what the products of all codes of bands say could enter."""
         left, sizes = self._left[active], self._sizes[active]
-        least = np.array([self._least(query) for query in active])
+        least = np.array([self.candidates[query].least for query in active])
         rest = max(band.rest for band in bands) + self._multiplied
         found = []
         for band in bands:
-            # Sums of a few float32 numbers are off by less than this of the lengths.
-            needs = least - (left + ROUNDED) * band.norm
+            needs = least - (left + _ROUNDED) * band.norm
             floats = (each.astype(np.float32) for each in (sizes, (1 + left) * rest, needs))
             found.append(self._bands.reached(band, operand, *floats))
         which, places, dots = (np.concatenate(parts) for parts in zip(*found, strict=True))
@@ -133,7 +136,8 @@ class Descent:
 
         Below zero a bound from norms says nothing, so such a search reads every band.
         """
-        return not self.candidates[query].least >= self._bands.norm[number] * self.norms[query]
+        most = self._bands.norm[number] if self._there[query] else 0.0
+        return not self.candidates[query].least >= most
 
     def _alone(self, first: int, last: int, query: int) -> int:
         """Take what could enter for one query; how many vectors it saw."""
@@ -155,12 +159,9 @@ class Descent:
         """Take what the bits of bands leave, by exact products with their codes."""
         if query not in self._probes:
             self._probes[query] = Probe(self._units[query])
-        probe, least, some = self._probes[query], self._least(query), slice(first, end)
-        norms, scales, rests = (
-            self._bands.norm[some],
-            self._bands.scale[some],
-            self._bands.rest[some],
-        )
+        probe, least, some = self._probes[query], self.candidates[query].least, slice(first, end)
+        norms, scales = self._bands.norm[some], self._bands.scale[some]
+        rests = self._bands.rest[some] + self._exact
         levels = np.zeros(len(norms), dtype=np.int64)
         if 0 < least < np.inf:
             levels = probe.levels(norms, self._bands.lost[some], least)
@@ -184,7 +185,7 @@ class Descent:
             if len(places) == band.count:
                 return
             most = max(size * found[-1] + rest * (1 + left), 0.0) * band.scale + left * band.norm
-            if most < self._least(query):
+            if most < self.candidates[query].least:
                 return
             want = min(band.count, 4 * want)
 
@@ -194,16 +195,12 @@ class Descent:
         """Take vectors by the products of their codes, `rest` more or less, with a query that was
         rounded to whole numbers, which left `left` of it.
         """
-        lengths = self._bands.norms[places] / self._bands.scales[places]
+        lengths = self._bands.norms[places] / self._bands.scales[places].astype(np.float64)
         self._take(query, dots, places, rest * (1 + left) + left * lengths)
-
-    def _least(self, query: int) -> float:
-        """What the product of a vector with a query of norm one needs at least."""
-        return self.candidates[query].least / (float(self.norms[query]) or 1.0)
 
     def _take(self, query: int, dots: Dots, places: Numbers, margin: float | Dots) -> None:
         """Take vectors, whose products with codes are `dots`, `margin` more or less."""
-        scales = self._bands.scales[places] * self.norms[query]
+        scales = self._bands.scales[places].astype(np.float64)
         numbers = self._bands.numbers[places]
         low, high = (dots - margin) * scales, (dots + margin) * scales
         self.candidates[query] = self.candidates[query].with_more(numbers, low, high)

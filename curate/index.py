@@ -12,8 +12,9 @@ nearly equal it reads everything: `Found.scanned` says how much. Without an inde
 the same search is the plain product over the mapped shards. Where FAISS has a GPU the bands that
 were searched stay on it; candidates are settled on the CPU either way.
 
-An index is a cache; it is used only while it matches the sketches it was built from. Building and
-searching hold one band at a time. Untied models are searched at the query's own step only.
+An index is a cache; it is used only while it matches the sketches it was built from. Building holds
+one band at a time; a search holds what could enter. Untied models are searched at the query's own
+step only.
 
 Letters: N rows, τ steps, U slots, V vectors, Q queries, M sketch dimension.
 """
@@ -132,8 +133,13 @@ class Searcher:
 
         Args:
             slot: of an untied model, the step to search.
+
+        Raises:
+            UsageError: queries of another dimension.
         """
         exact = np.asarray(queries, dtype=np.float64)
+        if exact.ndim != 2 or exact.shape[1] != self.vectors.dim:
+            raise UsageError(f"queries are {exact.shape}; expected (Q, {self.vectors.dim})")
         if self.bands is None:
             return _search_all(self.vectors, exact, k, slot)
         descent = Descent(self.bands, exact, k)

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from types import ModuleType
 
 import numpy as np
 import numpy.typing as npt
@@ -98,12 +99,11 @@ class Operand:
             rows: int8, or uint8 with `OFFSET` added, as FAISS stores them.
             tiled: whether there is so much to do that loading a kernel pays, where there is one.
         """
-        kernels = None
-        if self.scale is not None and tiled and rows.stride(1) == 1:
-            kernels = amx.kernels("bytetiles")
-        if kernels is None or rows.shape[1] % kernels.LINE:
+        digits = self.scale is not None
+        kernels = tiles_for(rows.shape[1]) if tiled and digits and rows.stride(1) == 1 else None
+        if kernels is None:
             rows = _signed(rows)
-            if self.scale is None:
+            if not digits:
                 return _widened_product(rows, self.columns, place)
             out = _room(place, torch.int32, len(rows), self.width)
             return torch._int_mm(rows, self.columns, out=out)
@@ -137,6 +137,12 @@ class Operand:
             own = whole[:, digit * self.count : (digit + 1) * self.count]
             product.add_(own, alpha=BASE**-digit)
         return product.mul_(self.scale.to(dtype))
+
+
+def tiles_for(dim: int) -> ModuleType | None:
+    """The kernel that multiplies int8 of M = `dim` in tile registers, where there is one."""
+    kernels = amx.kernels("bytetiles")
+    return kernels if kernels is not None and dim % kernels.LINE == 0 else None
 
 
 def _signed(rows: Tensor) -> Tensor:

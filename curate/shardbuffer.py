@@ -111,9 +111,5 @@ class _Store:
 
 
 def _save(path: Path, array: NDArray[np.generic]) -> tuple[str, str]:
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as stream:
-            np.save(stream, array)
-
-    atomic.write_with(path, write)
+    atomic.write_array(path, array)
     return path.name, atomic.sha256(path)

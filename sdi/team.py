@@ -110,12 +110,11 @@ def kernels(name: str) -> ModuleType | None:
 def features() -> frozenset[str]:
     """What numba compiles for, by LLVM's names: this processor, unless a user told it otherwise."""
     try:
-        from llvmlite import binding
-        from numba.core import config
+        from numba.core import codegen, config
 
-        told = getattr(config, "CPU_FEATURES", None)
+        told: Any = getattr(config, "CPU_FEATURES", None)
         if told is None:
-            told = binding.get_host_cpu_features().flatten()
+            told = codegen.get_host_cpu_features()  # type: ignore[no-untyped-call]
     except Exception:  # not installed, or broken: `kernels` says so where it is asked
         return frozenset()
     return frozenset(each[1:] for each in told.split(",") if each.startswith("+"))

@@ -14,13 +14,14 @@ import pytest
 
 from curate import bands, bitplanes, index
 from curate.bitplanes import LEVELS, PLANES, STRIPES, Planes, Probe
+from curate.errors import CurateError
 from sdi import team
 from tests.sketchedrun import make
 
 
 @pytest.fixture
 def kernels() -> ModuleType:
-    found = team.kernels("bitplanes") if {"avx2"} <= team.features() else None
+    found = team.kernels("search") if {"avx2"} <= team.features() else None
     if found is None:
         pytest.skip("this processor looks up no bytes in tables, or numba is not installed")
     return found
@@ -98,7 +99,7 @@ def test_what_passes(
         codes.append(np.random.default_rng(number).integers(0, 256, (count, dim)).astype(np.uint8))
         codes[-1][0] = np.where(whole > 0, 255, 0)
         bitplanes.write_planes(tmp_path / f"band-{number}", values[-1])
-        held.append(Planes(tmp_path / f"band-{number}", codes[-1]))
+        held.append(Planes(tmp_path / f"band-{number}", codes[-1], None))
     told = np.array([planes.told for planes in held])
     exact = np.concatenate(values).astype(np.float64) @ query
     norms = [np.linalg.norm(own.astype(np.float64), axis=1) for own in values]
@@ -185,6 +186,22 @@ def test_an_index_of_any_dimension(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not list(tmp_path.glob("*planes*"))
 
 
+def test_planes_that_are_not_there(tmp_path: Path) -> None:
+    """An index that lacks them is none; of another size they are refused, not read."""
+    made = make(tmp_path / "run", rows=90)
+    index.build_index(made.run)
+    searcher = index.Searcher(made.run, many=True)
+    assert searcher.bands is not None
+    planes = searcher.bands._path(searcher.bands.bands[0], bitplanes.ENDS[0])
+    bits = np.load(planes)
+    np.save(planes, bits[:, :, :-1])
+    if searcher.bands.screens() is not None:
+        with pytest.raises(CurateError, match="bit planes of"):
+            searcher.search(np.ones((1, 64)), 5)
+    planes.unlink()
+    assert index.Searcher(made.run, many=True).bands is None
+
+
 def test_a_few_searches_load_no_kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not before FAISS has read as much as loading it takes."""
     made = make(tmp_path / "run", rows=90)
@@ -197,7 +214,7 @@ def test_a_few_searches_load_no_kernel(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(bands, "PAYS", 64)
     monkeypatch.setattr(team, "kernels", loaded.append)
     assert searcher.bands.screens() is None
-    assert loaded == (["bitplanes"] if "avx2" in team.features() else [])
+    assert loaded == (["search"] if "avx2" in team.features() else [])
 
 
 def test_smaller_registers(tmp_path: Path, kernels: ModuleType) -> None:

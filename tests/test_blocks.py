@@ -55,7 +55,7 @@ def test_taken_rows_are_those_that_are_read(
 @pytest.mark.parametrize("depths", [(1,), (0, 0), (3,), (1, 3), (2, 1, 3)])
 def test_a_kernel_takes_the_same(depths: tuple[int, ...]) -> None:
     """Few rows or many, in any order, and none where a row has no such slot."""
-    kernels = team.kernels("bitplanes") if "avx2" in team.features() else None
+    kernels = team.kernels("search") if "avx2" in team.features() else None
     if kernels is None:
         pytest.skip("this processor looks up no bytes in tables, or numba is not installed")
     rows = source(depths)

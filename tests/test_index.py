@@ -13,6 +13,7 @@ from curate import bands, descent, index, multiply
 from curate.blocks import Block
 from curate.errors import UsageError
 from curate.pooledvectors import PooledVectors
+from sdi.sketch.quantize import quantize
 from tests.sketchedrun import WEIGHTS, Made, make
 
 
@@ -171,6 +172,59 @@ def test_bounds_hold_what_rounding_hides(
     seen, _ = kept.nearest(kept.bands[0], np.rint(query[0]).astype(np.float32), 1000)
     assert np.ptp(seen) < np.ptp(products)
     assert all(products.argmax() in own.numbers for own in search.candidates)
+
+
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("queries", [1, 12])
+def test_bounds_hold_what_float32_rounds(tmp_path: Path, queries: int, many: bool) -> None:
+    """A vector is its code times its scale but for the last digit of each entry, which decides here
+    what is the best; neither the query nor the codes leave anything else.
+    """
+    random = np.random.default_rng(0)
+    query = np.ones((1, 64))
+    query[0, 0] = 0
+    codes = random.integers(20, 100, (20_000, 64)).astype(np.float32)
+    codes[:, 0] = 127
+    vectors = codes * (1 / codes[:, 1:].sum(axis=1)).astype(np.float32)[:, None]
+    kept_codes, scales = quantize(vectors)
+    nothing_left = (vectors / scales[:, None] == kept_codes).all(axis=1)
+    codes, vectors, scales = (each[nothing_left][:1000] for each in (codes, vectors, scales))
+    norms = np.linalg.norm(vectors, axis=1)
+    order = np.argsort(-norms, kind="stable")
+    entries = bands.write_bands(tmp_path, [order], norms, lambda numbers: vectors[numbers])
+    kept = bands.Bands(tmp_path, entries, many=many)
+    search = descent.Descent(kept, query.repeat(queries, axis=0), 1)
+    search.down(0, len(entries))
+    exact = vectors.astype(np.float64) @ query[0]
+    told = (codes.astype(np.float64) @ query[0]) * scales
+    assert exact.argmax() != told.argmax()
+    assert all(exact.argmax() in own.numbers for own in search.candidates)
+
+
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("size", [1e-300, 1e-160, 1.0, 1e160, 1e300])
+def test_queries_of_any_size(tmp_path: Path, size: float, many: bool) -> None:
+    """Neither a norm's square nor a product is too large or too small to tell vectors apart."""
+    made = make(tmp_path / "run", rows=90)
+    index.build_index(made.run)
+    queries = np.random.default_rng(0).normal(size=(9, 64))
+    searcher = index.Searcher(made.run, many=many)
+    for some in (queries, queries[:2]):
+        expected = searcher.search(some, 7)
+        for one, other in zip(searcher.search(some * size, 7), expected, strict=True):
+            assert one.numbers.tolist() == other.numbers.tolist()
+
+
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("use", [False, True])
+def test_queries_of_another_dimension(tmp_path: Path, use: bool, many: bool) -> None:
+    """Are refused before anything is read."""
+    made = make(tmp_path / "run")
+    index.build_index(made.run)
+    searcher = index.Searcher(made.run, use_index=use, many=many)
+    for queries in (np.ones((1, 128)), np.ones((2, 32)), np.ones(64)):
+        with pytest.raises(UsageError, match="64"):
+            searcher.search(queries, 5)
 
 
 def test_totals_answer_with_influence(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -23,6 +24,16 @@ SHAPES = [
     (2, 256, 112, 80, 1024),
     (3, 700, 96, 112, 256),  # stretches of tokens, the last a part
 ]
+
+
+@pytest.fixture
+def forgotten() -> Iterator[None]:
+    """What was found out of the processor is asked again, before and after."""
+    amx.kernels.cache_clear()
+    team.features.cache_clear()
+    yield
+    amx.kernels.cache_clear()
+    team.features.cache_clear()
 
 
 @pytest.fixture
@@ -184,28 +195,39 @@ def test_other_factors_go_the_other_way(
     ],
 )
 def test_without_tiles_nothing_is_asked_of_them(
-    known: dict[str, bool], granted: bool, told: str | None, monkeypatch: pytest.MonkeyPatch
+    known: dict[str, bool],
+    granted: bool,
+    told: str | None,
+    forgotten: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Where torch knows of no tiles, the system does not let us use them, or numba compiles for
     another processor, for which LLVM would end the process, there is no kernel.
     """
     config = pytest.importorskip("numba").core.config
-    amx.kernels.cache_clear()
-    team.features.cache_clear()
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
     monkeypatch.setattr(torch.cpu, "_init_amx", lambda: granted)
     monkeypatch.setattr(config, "CPU_FEATURES", told)
     assert amx.kernels("tiles") is None
-    amx.kernels.cache_clear()
+
+
+@pytest.mark.parametrize("avx", [False, True])
+def test_what_numba_compiles_for(
+    avx: bool, forgotten: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told to leave AVX alone it has none, whatever the processor has."""
+    config = pytest.importorskip("numba").core.config
+    before = team.features()
     team.features.cache_clear()
+    monkeypatch.setattr(config, "ENABLE_AVX", avx)
+    expected = {each for each in before if avx or not each.startswith("avx")}
+    assert team.features() == expected or config.CPU_FEATURES is not None
 
 
-def test_a_broken_compiler_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_compiler_is_no_error(forgotten: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where numba is there and cannot be loaded, torch serves."""
-    monkeypatch.setitem(sys.modules, "llvmlite", None)
-    team.features.cache_clear()
+    monkeypatch.setitem(sys.modules, "numba.core", None)
     assert not team.features()
-    team.features.cache_clear()
 
 
 @pytest.mark.parametrize("limit", [1, 1 << 30])

@@ -16,18 +16,15 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import llvmlite.binding
-import numba
 from llvmlite import ir
 from numba.core import cgutils as typed_cgutils
 from numba.core import types
 from numba.extending import intrinsic, models, register_model
 
+from sdi import team
+
 cgutils: Any = typed_cgutils  # which says nothing of its functions' types
-_config: Any = numba.config
-_asked = _config.CPU_FEATURES  # of NUMBA_CPU_FEATURES
-_FEATURES = llvmlite.binding.get_host_cpu_features().flatten() if _asked is None else _asked
-LANES = 16 if "+avx512f" in _FEATURES else 8
+LANES = 16 if "avx512f" in team.features() else 8
 """Numbers of a vector, and vectors of a tile; a tile takes half of the registers."""
 
 _word, _long, _number = ir.IntType(32), ir.IntType(64), ir.FloatType()

@@ -1,8 +1,9 @@
-"""Which vectors of an index may be among the best, by their first bits (`curate.bitplanes`).
+"""What a search asks of vectors in memory: first bits, products, rows.
 
-A byte holds four bits of one group of four entries of a vector and four of the next, and the same
-bytes of `LANES` vectors lie side by side. What the sixteen patterns of a group come to with a query
-is a table of sixteen bytes, and one instruction looks up as many vectors' as a register has bytes
+The first bits of an index's vectors tell which may be among the best (`curate.bitplanes`). A byte
+holds four bits of one group of four entries of a vector and four of the next, and the same bytes of
+`LANES` vectors lie side by side. What the sixteen patterns of a group come to with a query is a
+table of sixteen bytes, and one instruction looks up as many vectors' as a register has bytes
 (André, Kermarrec & Le Scouarnec 2015). What still may be among the best is multiplied out.
 """
 
@@ -16,6 +17,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from sdi import team
 from sdi.compiled.ahead import PAGE, ask_row, prefetch
 from sdi.compiled.turns import LOOSE, carray, kernel, pointer
 
@@ -57,17 +59,8 @@ _floats, _doubles = pointer(types.float32), pointer(types.float64)
 _bytes = pointer(types.uint8)
 
 
-def register() -> int:
-    """Bytes of the registers that numba's target looks up tables in; 0 where it knows of none."""
-    from sdi.team import features
-
-    known = features()
-    return 64 if "avx512bw" in known else 32 if "avx2" in known else 0
-
-
-REGISTER = register()
-if not REGISTER:
-    raise ImportError("numba's target has no instruction that looks up bytes in tables")
+REGISTER = 64 if "avx512bw" in team.features() else 32
+"""Bytes of a register; a target without AVX2 would have none of what follows (`curate.bands`)."""
 _LOOK = {64: "llvm.x86.avx512.pshuf.b.512", 32: "llvm.x86.avx2.pshuf.b"}[REGISTER]
 
 
