@@ -7,10 +7,8 @@ Letters: N rows of a set, τ steps, M sketch dimension, U slots (1 where one tot
 from __future__ import annotations
 
 import os
-import sys
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from types import ModuleType
@@ -34,8 +32,6 @@ FEW = 6
 """Rows a shard below which they are taken one by one."""
 AHEAD = 2
 """How many shards the system is asked to read before they are wanted."""
-_POPULATE_READ = 22
-"""Linux's MADV_POPULATE_READ, which Python's mmap has no name for."""
 
 
 @dataclass(frozen=True)
@@ -258,20 +254,10 @@ def _read_ahead(array: npt.NDArray[np.int8]) -> None:
         return
     descriptor = os.open(name, os.O_RDONLY)
     try:
-        if _in_memory(descriptor, array.nbytes):
-            _enter(array)
-        else:
+        if not _in_memory(descriptor, array.nbytes):
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_WILLNEED)
     finally:
         os.close(descriptor)
-
-
-def _enter(array: npt.NDArray[np.int8]) -> None:
-    """Enter the pages of a mapped file into the process's tables at once, not as each is met."""
-    mapped = getattr(array, "_mmap", None)
-    if mapped is not None and sys.platform == "linux":
-        with suppress(OSError):  # a kernel before 5.14
-            mapped.madvise(_POPULATE_READ)
 
 
 def _in_memory(descriptor: int, size: int) -> bool:

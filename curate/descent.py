@@ -28,7 +28,7 @@ SHARED = 8
 """Bands that are multiplied at once, at most."""
 _ROUNDED = 2.0**-18
 """More than float32 rounds off what is held against a need, of the product of both norms."""
-GROWS, MOST = 8, 64
+GROWS, MOST = 4, 64
 """Bands that are screened at once: one, then so many times as many each time, up to so many."""
 TOGETHER, WIDENED = 6, 8
 """From so many queries on a product of a band is faster than as many FAISS scans, in integers or,
