@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from types import ModuleType
 from typing import Any
 
@@ -38,7 +39,8 @@ from sdi import team
 
 Floats = npt.NDArray[np.float32]
 Numbers = npt.NDArray[np.int64]
-Hits = tuple[Numbers, Numbers, Floats]
+Dots = npt.NDArray[np.floating]
+Hits = tuple[Numbers, Numbers, Dots]
 FIRST = 1024
 LEAST = 4096
 MOST_BANDS = 128
@@ -48,7 +50,7 @@ KEPT_BANDS = 64
 PAYS = 4 << 30
 """Bytes that FAISS reads in the time that loading a kernel takes, 0.4 s."""
 _TOGETHER, _PRODUCTS = 1 << 20, 4 << 20
-"""Bytes of codes that are multiplied at once, and of their products."""
+"""Bytes of codes that are multiplied at once where they are copied first, and of their products."""
 _INDEX = ".faiss"
 _GPU_MOST = 2048
 """How many neighbours FAISS finds on a GPU."""
@@ -61,7 +63,7 @@ class Band:
     Attributes:
         norm: of the largest vector, and so a bound for all later ones.
         scale: the largest.
-        rest: bound on ‖v/scale − code‖.
+        rest: the largest ‖v/scale − code‖, but for what float32 rounds (`rounding`).
         start, count: where it lies in `numbers` and `scales`.
         slot: of an untied model, the step.
         lost: at each level of the bit planes, how much of a vector they leave, on average; empty
@@ -150,6 +152,7 @@ class Bands:
     Args:
         directory: where they lie.
         bands: as `write_bands` returned them.
+        dim: M.
         many: whether so many searches follow that loading a kernel pays at once.
 
     Raises:
@@ -157,9 +160,9 @@ class Bands:
     """
 
     def __init__(
-        self, directory: Path, bands: Sequence[dict[str, Any]], *, many: bool = False
+        self, directory: Path, bands: Sequence[dict[str, Any]], dim: int, *, many: bool = False
     ) -> None:
-        self._directory = directory
+        self._directory, self._dim = directory, dim
         self.bands = [Band(**band) for band in bands]
         # Plain arrays over the maps: a slice of a memmap costs several times as much.
         self.numbers, self.scales, self.norms = (
@@ -174,6 +177,7 @@ class Bands:
         self.lost = np.array([band.lost for band in self.bands])
         self._open: dict[str, Any] = {}
         self._planes: list[Planes | None] = [None] * len(self.bands)
+        self._opening = Lock()
         self._told = np.zeros((len(self.bands), 5), dtype=np.int64)
         self._read = PAYS if many else 0
         self.gpu = getattr(self._faiss, "get_num_gpus", int)() > 0
@@ -189,8 +193,9 @@ class Bands:
         """The kernel that goes through bit planes, where there are any, once there was enough to
         read to load it for.
         """
-        fit = self.lost.size and not self.gpu and "avx2" in team.features()
-        return team.kernels("search") if fit and self._read >= PAYS else None
+        if self._read < PAYS or self.gpu or not self.lost.size or "avx2" not in team.features():
+            return None
+        return team.kernels("search")
 
     def nearest(self, band: Band, query: Floats, want: int) -> tuple[Floats, Numbers]:
         """The `want` codes with the largest product with `query` (M,): products and places.
@@ -204,13 +209,14 @@ class Bands:
 
     def told(self, first: int, last: int) -> Numbers:
         """What a kernel is told of the bit planes of some bands, (bands, 5)."""
-        for number in range(first, last):
-            if self._planes[number] is None:
-                band = self.bands[number]
-                held = self._mapped(band)
-                made = Planes(self._path(band), self._codes(band, held), held)
-                self._told[number], self._planes[number] = made.told, made
-        return self._told[first:last]
+        with self._opening:
+            for number in range(first, last):
+                if self._planes[number] is None:
+                    band = self.bands[number]
+                    held = self._mapped(band)
+                    made = Planes(self._path(band), self._codes(band, held), held)
+                    self._planes[number], self._told[number] = made, made.told
+            return self._told[first:last]
 
     def reached(
         self, band: Band, queries: Operand, sizes: Floats, far: Floats, needs: Floats
@@ -262,7 +268,13 @@ class Bands:
     def _mapped(self, band: Band) -> Any:
         if band.name not in self._open:
             flags = self._faiss.IO_FLAG_MMAP_IFC
-            read = self._faiss.read_index(str(self._path(band)), flags)
+            path = self._path(band)
+            read = self._faiss.read_index(str(path), flags)
+            if (read.ntotal, read.d) != (band.count, self._dim):
+                raise CurateError(
+                    f"{path} holds {read.ntotal} vectors of {read.d}, expected {band.count} of "
+                    f"{self._dim}; make it again with `curate index --overwrite`"
+                )
             return self._open.setdefault(band.name, read)
         return self._open[band.name]
 

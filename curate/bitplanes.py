@@ -31,6 +31,7 @@ Doubles = npt.NDArray[np.float64]
 Numbers = npt.NDArray[np.int64]
 PLANES, STRIPES = 4, 4
 LEVELS = PLANES * STRIPES
+_AGAIN = "make it again with `curate index --overwrite`"
 LANES = 64
 """Vectors whose bits lie side by side."""
 STEP = 32
@@ -52,7 +53,7 @@ _PART = 256
 """Vectors that are worked on at once."""
 _ROUNDED = 2.0**-16
 """More than float32 rounds off a bound, of the product of both norms."""
-_AGAIN = 1.5
+_ODD = 1.5
 """What reading the codes of a vector here and there costs more than reading them in a row."""
 
 
@@ -136,18 +137,23 @@ class Planes:
         holder: what the codes lie in.
 
     Raises:
-        CurateError: the files are not of these codes.
+        CurateError: the files are not there, or not of these codes.
     """
 
     def __init__(self, path: Path, codes: Bytes, holder: object) -> None:
         count, dim = codes.shape
         blocks = -(-count // LANES)
-        bits, bounds = (np.load(path.with_suffix(end), mmap_mode="r") for end in ENDS)
+        try:
+            bits, bounds = (np.load(path.with_suffix(end), mmap_mode="r") for end in ENDS)
+        except (OSError, ValueError, EOFError) as error:
+            raise CurateError(
+                f"{path.with_suffix('')}: no bit planes ({error}); {_AGAIN}"
+            ) from error
         shapes = (PLANES, STRIPES, blocks, dim // STEP, LANES), (LEVELS, 2, blocks * LANES)
         if (bits.shape, bounds.shape) != shapes:
             raise CurateError(
                 f"{path.with_suffix('')}: bit planes of {bits.shape} and {bounds.shape}, expected "
-                f"{shapes[0]} and {shapes[1]}; make it again: `curate index RUN --overwrite`"
+                f"{shapes[0]} and {shapes[1]}; {_AGAIN}"
             )
         self._held = holder, codes, bits, bounds
         at_codes, at_bits, at_bounds = (array.ctypes.data for array in (codes, bits, bounds))
@@ -189,7 +195,7 @@ class Probe:
         dim = len(self._whole)
         room = (self._needs(norms, least) / norms)[:, None] - lost
         passed = np.where(room > 0, np.exp(-0.5 * dim * np.square(room)), 1.0)
-        cost = np.arange(1, LEVELS + 1) * (dim / 8 / STRIPES) + _AGAIN * dim * passed
+        cost = np.arange(1, LEVELS + 1) * (dim / 8 / STRIPES) + _ODD * dim * passed
         pays = (cost.min(axis=1) < dim) & (norms > _TINY)
         return np.where(pays, cost.argmin(axis=1) + 1, 0)
 

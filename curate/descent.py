@@ -16,12 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from curate.bands import Band, Bands, Numbers, rounding
+from curate.bands import Band, Bands, Dots, Numbers, rounding
 from curate.bitplanes import Probe
 from curate.multiply import LARGEST, Operand, in_digits
 
 Doubles = npt.NDArray[np.float64]
-Dots = npt.NDArray[np.floating]
 SLACK = 32
 """How many more are asked of a band than twice those that the band before had to give."""
 SHARED = 8
@@ -85,8 +84,9 @@ class Descent:
         # A program may have allowed torch to round the operands of float32 products.
         holds = digits or torch.get_float32_matmul_precision() == "highest"
         multiplies = len(queries) >= self._together and holds and not bands.gpu
-        # FAISS and products in float32 round each sum; whole numbers add up exactly.
-        self._scanned, self._exact = rounding(dim, dim), rounding(2, dim)
+        # FAISS and products in float32 round each sum; whole numbers add up exactly, and then it is
+        # vectors, what is left of them, and products that were rounded once.
+        self._scanned, self._exact = rounding(dim, dim), rounding(3, dim)
         self._multiplied = self._exact if digits else rounding(dim + 2, dim)
         largest = np.abs(units).max(axis=1)
         self._sizes = np.where(largest > 0, largest, 1.0) / LARGEST

@@ -21,8 +21,6 @@ Letters: N rows, τ steps, U slots, V vectors, Q queries, M sketch dimension.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -38,6 +36,7 @@ from curate.bands import Bands, load_faiss, write_bands
 from curate.blocks import block_rows, spans
 from curate.descent import Candidates, Descent
 from curate.errors import CurateError, UsageError
+from curate.manifest import index_digest
 from curate.pooledvectors import Kind, Numbers, PooledVectors
 from curate.rundir import RunDirectory, folder
 from curate.scratch import Progress
@@ -72,7 +71,7 @@ def build_index(
     """
     load_faiss()
     with run.writing():
-        digest = _digest(run, set_name)
+        digest = index_digest(run.manifest, set_name)
         made_of: Sequence[Kind] = ("steps", "totals") if run.manifest.tied else ("steps",)
         wanted = made_of if kinds is None else kinds
         entry = run.manifest.indexes.get(set_name)
@@ -126,7 +125,9 @@ class Searcher:
         many: bool = False,
     ) -> None:
         self.vectors = PooledVectors(run, set_name, kind)
-        self.bands = _bands(run, set_name, kind, many) if use_index else None
+        self.bands = None
+        if use_index:
+            self.bands = _bands(run, set_name, kind, self.vectors.dim, many)
 
     def search(self, queries: npt.NDArray[Any], k: int, *, slot: int | None = None) -> list[Found]:
         """For each of `queries` (Q, M) the k vectors with the largest inner product.
@@ -135,11 +136,14 @@ class Searcher:
             slot: of an untied model, the step to search.
 
         Raises:
-            UsageError: queries of another dimension.
+            UsageError: queries of another dimension, or that are not finite.
         """
         exact = np.asarray(queries, dtype=np.float64)
         if exact.ndim != 2 or exact.shape[1] != self.vectors.dim:
             raise UsageError(f"queries are {exact.shape}; expected (Q, {self.vectors.dim})")
+        bad = np.flatnonzero(~np.isfinite(exact).all(axis=1))
+        if len(bad):
+            raise UsageError(f"queries {bad[:10].tolist()} hold NaN or infinity; expected numbers")
         if self.bands is None:
             return _search_all(self.vectors, exact, k, slot)
         descent = Descent(self.bands, exact, k)
@@ -174,14 +178,14 @@ class Searcher:
             start = stop
 
 
-def _bands(run: RunDirectory, set_name: str, kind: Kind, many: bool) -> Bands | None:
+def _bands(run: RunDirectory, set_name: str, kind: Kind, dim: int, many: bool) -> Bands | None:
     """The index of a set; None where there is none, it is out of date, or cannot be read."""
     entry = run.manifest.indexes.get(set_name)
-    if not entry or kind not in entry or entry["digest"] != _digest(run, set_name):
+    if not entry or kind not in entry or entry["digest"] != index_digest(run.manifest, set_name):
         return None
     try:
-        return Bands(run.path / entry[kind]["path"], entry[kind]["bands"], many=many)
-    except (CurateError, OSError):
+        return Bands(run.path / entry[kind]["path"], entry[kind]["bands"], dim, many=many)
+    except (CurateError, OSError, ValueError, EOFError):  # of NumPy, where a file was cut short
         return None
 
 
@@ -283,15 +287,3 @@ def _with_text(run: RunDirectory, set_name: str, frame: pl.DataFrame) -> pl.Data
     wanted = [name for name in ("id", "source", "text") if name in names]
     rows = table.filter(pl.col("row").is_in(frame["row"].to_list())).select("row", *wanted)
     return frame.join(rows.collect(), on="row", how="left", maintain_order="left")
-
-
-def _digest(run: RunDirectory, set_name: str) -> str:
-    """Of the sketches and the weights that an index is built from."""
-    manifest = run.manifest
-    shards = sorted(
-        [shard.checkpoint, shard.kind, shard.number, sorted(shard.files.items())]
-        for shard in manifest.shards
-        if shard.set == set_name and shard.kind != "rows"
-    )
-    said = json.dumps([4, manifest.weights, shards], sort_keys=True)
-    return hashlib.sha256(said.encode()).hexdigest()[:12]

@@ -7,6 +7,7 @@ not exist for a reader, however complete the file looks.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, Literal
@@ -249,3 +250,14 @@ def parse_manifest(contents: bytes, path: Path) -> Manifest:
         raise CurateError(f"{path} is not a run's manifest: {where}: {first['msg']}") from error
     except ValueError as error:
         raise CurateError(f"{path} is not JSON: {error}") from error
+
+
+def index_digest(manifest: Manifest, set_name: str) -> str:
+    """Of the sketches and the weights that an index of a set is built from, and of its format."""
+    shards = sorted(
+        [shard.checkpoint, shard.kind, shard.number, sorted(shard.files.items())]
+        for shard in manifest.shards
+        if shard.set == set_name and shard.kind != "rows"
+    )
+    said = json.dumps([4, manifest.weights, shards], sort_keys=True)
+    return hashlib.sha256(said.encode()).hexdigest()[:12]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from curate import coverage
+from curate.manifest import index_digest
 from curate.rundir import RunDirectory
 
 if TYPE_CHECKING:
@@ -70,8 +71,9 @@ def _results(manifest: Manifest) -> Iterator[Line]:
     for name, entry in manifest.influence.items():
         state = entry.kind if entry.complete else f"{entry.kind}, curate score continues"
         yield "influence", name, f"on {entry.train_set}, {state}"
-    for name in manifest.indexes:
-        yield "index", name, "built"
+    for name, built in manifest.indexes.items():
+        fresh = built["digest"] == index_digest(manifest, name)
+        yield "index", name, "built" if fresh else "out of date, curate index makes it anew"
     for name, selection in manifest.selections.items():
         yield "selection", name, f"{selection.kept:,} of {selection.rows:,} rows kept"
 

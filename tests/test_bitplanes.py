@@ -14,6 +14,7 @@ import pytest
 
 from curate import bands, bitplanes, index
 from curate.bitplanes import LEVELS, PLANES, STRIPES, Planes, Probe
+from curate.descent import Descent
 from curate.errors import CurateError
 from sdi import team
 from tests.sketchedrun import make
@@ -174,9 +175,8 @@ def test_levels_cost_least() -> None:
     assert 0 < found[0] < found[1] < found[2] and found[3] == 0
 
 
-def test_an_index_of_any_dimension(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_index_of_any_dimension(tmp_path: Path) -> None:
     """Where a stripe would be no whole bytes there are no planes, and FAISS scans."""
-    monkeypatch.setattr(bands, "PAYS", 0)
     vectors = np.random.default_rng(0).normal(size=(200, 40)).astype(np.float32)
     norms = np.linalg.norm(vectors, axis=1)
     entries = bands.write_bands(
@@ -184,6 +184,9 @@ def test_an_index_of_any_dimension(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     )
     assert [entry["lost"] for entry in entries] == [[]]
     assert not list(tmp_path.glob("*planes*"))
+    search = Descent(bands.Bands(tmp_path, entries, 40, many=True), query_of(40)[None], 1)
+    assert search.down(0, 1) == [200]
+    assert (vectors @ query_of(40)).argmax() in search.candidates[0].numbers
 
 
 def test_planes_that_are_not_there(tmp_path: Path) -> None:
@@ -197,6 +200,10 @@ def test_planes_that_are_not_there(tmp_path: Path) -> None:
     np.save(planes, bits[:, :, :-1])
     if searcher.bands.screens() is not None:
         with pytest.raises(CurateError, match="bit planes of"):
+            searcher.search(np.ones((1, 64)), 5)
+    planes.write_bytes(planes.read_bytes()[:100])
+    if searcher.bands.screens() is not None:
+        with pytest.raises(CurateError, match="no bit planes"):
             searcher.search(np.ones((1, 64)), 5)
     planes.unlink()
     assert index.Searcher(made.run, many=True).bands is None

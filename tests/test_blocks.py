@@ -65,6 +65,9 @@ def test_a_kernel_takes_the_same(depths: tuple[int, ...]) -> None:
         expected = rows.vectors(wanted, slots)
         for one, other in zip(rows.vectors(wanted, slots, kernels), expected, strict=True):
             np.testing.assert_array_equal(one, other)
+    for row in (-1, rows.rows):
+        with pytest.raises(IndexError, match=f"of {rows.rows}"):
+            rows.vectors(np.array([0, row]), np.zeros(2, np.int64), kernels)
 
 
 @pytest.mark.parametrize(

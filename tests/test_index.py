@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from curate import bands, descent, index, multiply
+from curate.bitplanes import Probe
 from curate.blocks import Block
 from curate.errors import UsageError
 from curate.pooledvectors import PooledVectors
+from curate.status import status
 from sdi.sketch.quantize import quantize
 from tests.sketchedrun import WEIGHTS, Made, make
 
@@ -156,30 +158,34 @@ def hidden_by(rounded: str) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize("queries", [1, 12])
 def test_bounds_hold_what_rounding_hides(
-    tmp_path: Path, rounded: str, queries: int, many: bool
+    tmp_path: Path, rounded: str, queries: int, many: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """FAISS sees whole numbers only, and sums in float32 are rounded; candidates hold the best by
     what they do not see.
     """
     query, vectors = hidden_by(rounded)
+    monkeypatch.setattr(bands, "BAND_BYTES", 300 * 4 * vectors.shape[1])
     norms = np.linalg.norm(vectors, axis=1)
     order = np.argsort(-norms, kind="stable")
     entries = bands.write_bands(tmp_path, [order], norms, lambda numbers: vectors[numbers])
-    kept = bands.Bands(tmp_path, entries, many=many)
+    kept = bands.Bands(tmp_path, entries, vectors.shape[1], many=many)
     search = descent.Descent(kept, query.repeat(queries, axis=0), 1)
-    assert (search.down(0, len(entries)) == 1000).all()
+    assert len(entries) == 4 and (search.down(0, 4) > 300).all()
     products = vectors.astype(np.float64) @ query[0]
-    seen, _ = kept.nearest(kept.bands[0], np.rint(query[0]).astype(np.float32), 1000)
+    seen, _ = kept.nearest(kept.bands[0], np.rint(query[0]).astype(np.float32), 300)
     assert np.ptp(seen) < np.ptp(products)
     assert all(products.argmax() in own.numbers for own in search.candidates)
 
 
 @pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize("queries", [1, 12])
-def test_bounds_hold_what_float32_rounds(tmp_path: Path, queries: int, many: bool) -> None:
+def test_bounds_hold_what_float32_rounds(
+    tmp_path: Path, queries: int, many: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A vector is its code times its scale but for the last digit of each entry, which decides here
     what is the best; neither the query nor the codes leave anything else.
     """
+    monkeypatch.setattr(bands, "BAND_BYTES", 300 * 4 * 64)
     random = np.random.default_rng(0)
     query = np.ones((1, 64))
     query[0, 0] = 0
@@ -192,13 +198,59 @@ def test_bounds_hold_what_float32_rounds(tmp_path: Path, queries: int, many: boo
     norms = np.linalg.norm(vectors, axis=1)
     order = np.argsort(-norms, kind="stable")
     entries = bands.write_bands(tmp_path, [order], norms, lambda numbers: vectors[numbers])
-    kept = bands.Bands(tmp_path, entries, many=many)
+    kept = bands.Bands(tmp_path, entries, vectors.shape[1], many=many)
     search = descent.Descent(kept, query.repeat(queries, axis=0), 1)
-    search.down(0, len(entries))
+    assert len(entries) == 4 and (search.down(0, 4) > 300).all()
     exact = vectors.astype(np.float64) @ query[0]
     told = (codes.astype(np.float64) @ query[0]) * scales
     assert exact.argmax() != told.argmax()
     assert all(exact.argmax() in own.numbers for own in search.candidates)
+
+
+def opposed(unit: np.ndarray, whole: np.ndarray, size: float) -> np.ndarray:
+    """Two vectors (2, M) that lie along and against what rounding leaves of a query: the first,
+    longer one has the larger product with the rounded query, by more than its own bound, and the
+    smaller one with the query.
+    """
+    random = np.random.default_rng(0)
+    left = unit - size * whole
+    across = left - unit * (left @ unit)
+    signs = np.repeat([-1.0, 1.0], 2000)[:, None]
+    both = 120 * signs * across / np.abs(across).max() + random.uniform(-1, 1, (4000, len(unit)))
+    both = np.clip(np.rint(both + random.uniform(10, 30, (4000, 1)) * unit), -127, 127)
+    both[:, np.abs(across).argmin()] = 127  # the scale is one
+    against, along = both[:2000], both[2000:]
+    told = both[:2000] @ (size * whole), both[2000:] @ (size * whole)
+    more = told[0][:, None] - told[1]
+    own = np.linalg.norm(left) * np.linalg.norm(against, axis=1)[:, None]
+    wanted = (against @ unit)[:, None] < along @ unit
+    wanted &= np.linalg.norm(against, axis=1)[:, None] > np.linalg.norm(along, axis=1)
+    wanted &= (more > 1.2 * own) & (told[0][:, None] > 2 * own)
+    first, second = np.argwhere(wanted)[0]
+    return np.stack([against[first], along[second]])
+
+
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("queries", [1, 12])
+def test_bounds_are_of_both_sides(
+    tmp_path: Path, queries: int, many: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What may enter is held against the least that is known with the most that it may be."""
+    monkeypatch.setattr(bands, "BAND_BYTES", 4 * 64)
+    unit = np.random.default_rng(1).normal(size=64)
+    unit /= np.linalg.norm(unit)
+    size = np.abs(unit).max() / multiply.LARGEST
+    whole = np.rint(unit / size)
+    if many and queries == 1:
+        probe = Probe(unit)
+        whole, size = probe._whole, probe.size
+    vectors = opposed(unit, whole, size).astype(np.float32)
+    norms = np.linalg.norm(vectors, axis=1)
+    entries = bands.write_bands(tmp_path, [np.arange(2)], norms, lambda numbers: vectors[numbers])
+    kept = bands.Bands(tmp_path, entries, 64, many=many)
+    search = descent.Descent(kept, np.repeat(unit[None], queries, axis=0), 1)
+    assert (search.down(0, 2) == 2).all()
+    assert all(1 in own.numbers for own in search.candidates)
 
 
 @pytest.mark.parametrize("many", [False, True])
@@ -218,13 +270,16 @@ def test_queries_of_any_size(tmp_path: Path, size: float, many: bool) -> None:
 @pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize("use", [False, True])
 def test_queries_of_another_dimension(tmp_path: Path, use: bool, many: bool) -> None:
-    """Are refused before anything is read."""
+    """Are refused before anything is read, as those that are no numbers."""
     made = make(tmp_path / "run")
     index.build_index(made.run)
     searcher = index.Searcher(made.run, use_index=use, many=many)
     for queries in (np.ones((1, 128)), np.ones((2, 32)), np.ones(64)):
-        with pytest.raises(UsageError, match="64"):
+        with pytest.raises(UsageError, match=r"expected \(Q, 64\)"):
             searcher.search(queries, 5)
+    for bad in (np.nan, np.inf):
+        with pytest.raises(UsageError, match=r"queries \[1\] hold NaN or infinity"):
+            searcher.search(np.array([[1.0] * 64, [bad] * 64]), 5)
 
 
 def test_totals_answer_with_influence(tmp_path: Path) -> None:
@@ -256,7 +311,10 @@ def test_own_row_is_left_out_and_rebuild(tmp_path: Path) -> None:
     assert len(found) == 8
     assert 5 not in found["row"].to_list()
     entries = [e.model_copy(update={"weight": 1.0}) for e in made.run.manifest.checkpoints]
+    states = [dict(status(made.run.path).select("what", "state").iter_rows())["index"]]
     made.run.note(checkpoints=tuple(entries))
+    states.append(dict(status(made.run.path).select("what", "state").iter_rows())["index"])
+    assert states == ["built", "out of date, curate index makes it anew"]
     again = index.build_index(made.run)
     assert again["digest"] != first["digest"]
     assert not (made.run.path / first["steps"]["path"]).exists()
