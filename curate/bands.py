@@ -18,6 +18,7 @@ Letters: V vectors, Q queries, M sketch dimension.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -185,10 +186,6 @@ class Bands:
             for end in (_INDEX, *(ENDS if band.lost else ())):
                 self._path(band, end).stat()
 
-    def scales_of(self, band: Band) -> Floats:
-        """Scales of a band's vectors, (V,)."""
-        return self.scales[band.start : band.start + band.count]
-
     def screens(self) -> ModuleType | None:
         """The kernel that goes through bit planes, where there are any, once there was enough to
         read to load it for.
@@ -213,8 +210,7 @@ class Bands:
             for number in range(first, last):
                 if self._planes[number] is None:
                     band = self.bands[number]
-                    held = self._mapped(band)
-                    made = Planes(self._path(band), self._codes(band, held), held)
+                    made = Planes(self._path(band), self._codes(band), self._mapped(band))
                     self._planes[number], self._told[number] = made, made.told
             return self._told[first:last]
 
@@ -231,7 +227,7 @@ class Bands:
             The query of each, the code's place in `numbers`, and p · size.
         """
         kernels = self.screens() if queries.digits == 1 else None
-        stored, scales = self._codes(band, self._mapped(band)), self.scales_of(band)
+        stored, scales = self._codes(band), self.scales[band.start : band.start + band.count]
         self._read += stored.size
         tiled = kernels is not None and tiles_for(stored.shape[1]) is not None
         step = max(1, _PRODUCTS // (4 * queries.width))
@@ -252,8 +248,9 @@ class Bands:
         which, places, dots = (np.concatenate(parts) for parts in zip(*found, strict=True))
         return which, places, dots
 
-    def _codes(self, band: Band, index: Any) -> npt.NDArray[np.uint8]:
+    def _codes(self, band: Band) -> npt.NDArray[np.uint8]:
         """As FAISS stores them, (V, M)."""
+        index = self._mapped(band)
         found = self._faiss.rev_swig_ptr(index.codes.data(), band.count * index.d)
         codes: npt.NDArray[np.uint8] = found.reshape(band.count, index.d)
         return codes
@@ -299,11 +296,11 @@ def _reached(
     return which, places, products.numpy()[places, which] * sizes[which]
 
 
-def rounding(times: float | npt.NDArray[np.float64], dim: int) -> Any:
+def rounding(times: int, dim: int) -> float:
     """A bound on what float32, rounding so many times in a row, adds to a product of M codes with a
     vector of norm one.
     """
-    return times * 2.0**-24 * 2 * LARGEST * np.sqrt(dim)
+    return times * 2.0**-24 * 2 * LARGEST * math.sqrt(dim)
 
 
 @lru_cache(maxsize=KEPT_BANDS)

@@ -53,7 +53,7 @@ _PART = 256
 """Vectors that are worked on at once."""
 _ROUNDED = 2.0**-16
 """More than float32 rounds off a bound, of the product of both norms."""
-_ODD = 1.5
+_SCATTERED = 1.5
 """What reading the codes of a vector here and there costs more than reading them in a row."""
 
 
@@ -76,11 +76,9 @@ def write_planes(path: Path, values: Floats) -> list[float]:
     for start in range(0, count, _PART):
         part = values[start : start + _PART].astype(np.float64)
         here = slice(start, start + len(part))
-        cells = _cells(part)
-        for plane in range(PLANES):
-            own = cells >> (PLANES - 1 - plane) & 1
-            bits[plane, here] = np.packbits(own, axis=1, bitorder="little")
-        bounds[:, :, here], share = _bounds(part, cells)
+        planes = _planes(part)
+        bits[:, here] = np.packbits(planes, axis=2, bitorder="little")
+        bounds[:, :, here], share = _bounds(part, planes)
         lost += share.sum(axis=1)
     laid = bits.reshape(PLANES, blocks, LANES, STRIPES, -1).transpose(0, 3, 1, 4, 2)
     for end, array in zip(ENDS, (np.ascontiguousarray(laid), bounds), strict=True):
@@ -88,16 +86,17 @@ def write_planes(path: Path, values: Floats) -> list[float]:
     return [round(float(each), 4) for each in lost / count]
 
 
-def _cells(values: Doubles) -> Bytes:
-    """The cells (V, M) of entries, 0 to 15."""
+def _planes(values: Doubles) -> Bytes:
+    """The bits (PLANES, V, M) of the cells that entries lie in, the first of each first."""
     size = _CELL * np.sqrt(np.square(values).mean(axis=1))
     half = 1 << (PLANES - 1)
     found = np.clip(np.floor(values / size[:, None]) + half, 0, 2 * half - 1)
-    cells: Bytes = found.astype(np.uint8)
-    return cells
+    places = np.arange(PLANES - 1, -1, -1, dtype=np.uint8)[:, None, None]
+    planes: Bytes = found.astype(np.uint8) >> places & 1
+    return planes
 
 
-def _bounds(values: Doubles, cells: Bytes) -> tuple[Floats, Doubles]:
+def _bounds(values: Doubles, planes: Bytes) -> tuple[Floats, Doubles]:
     """The gains and rests (L, 2, V), and ‖e‖ / ‖v‖ (L, V).
 
     The gain is that of least squares, as float32 rounds it, and the rest is of that gain.
@@ -111,8 +110,7 @@ def _bounds(values: Doubles, cells: Bytes) -> tuple[Floats, Doubles]:
         plane, stripe = divmod(level, STRIPES)
         if stripe == 0:
             weight = 1 << (PLANES - 1 - plane)
-            own = (cells >> (PLANES - 1 - plane) & 1).reshape(parts.shape)
-            seen += weight * (2.0 * own - 1)
+            seen += weight * (2.0 * planes[plane].reshape(parts.shape) - 1)
             size = [np.einsum("vsi,vsi->sv", seen, each) for each in (parts, seen)]
         along[0, stripe], along[1, stripe] = size[0][stripe], size[1][stripe]
         inner, square = along.sum(axis=1)
@@ -195,7 +193,7 @@ class Probe:
         dim = len(self._whole)
         room = (self._needs(norms, least) / norms)[:, None] - lost
         passed = np.where(room > 0, np.exp(-0.5 * dim * np.square(room)), 1.0)
-        cost = np.arange(1, LEVELS + 1) * (dim / 8 / STRIPES) + _ODD * dim * passed
+        cost = np.arange(1, LEVELS + 1) * (dim / 8 / STRIPES) + _SCATTERED * dim * passed
         pays = (cost.min(axis=1) < dim) & (norms > _TINY)
         return np.where(pays, cost.argmin(axis=1) + 1, 0)
 

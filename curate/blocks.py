@@ -18,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 
 from curate.errors import CurateError
-from sdi import team
 
 if TYPE_CHECKING:
     from curate.rundir import RunDirectory
@@ -71,7 +70,8 @@ class SketchRows:
         self._asked = 0
         self.rows = rows
         self.dim = int(pieces[0][2].values.shape[-1])
-        self.slots = max(self._slots(shard) for _, _, shard in pieces)
+        self._widths = np.array([self._slots(shard) for _, _, shard in pieces])
+        self.slots = int(self._widths.max())
 
     def read(self, start: int, stop: int) -> Block:
         """Rows start..stop as they lie on disk; rows of fewer slots are filled up with zeros."""
@@ -122,10 +122,11 @@ class SketchRows:
         self, kernels: ModuleType, rows: Numbers, slots: Numbers, names: Sequence[str]
     ) -> list[npt.NDArray[Any]]:
         """`_gathered` of one slot each, by a kernel."""
+        from sdi import team  # with torch, which filters, say, do without
+
         if len(rows) and not 0 <= rows.min() <= rows.max() < self.rows:
             raise IndexError(f"rows {rows.min()} to {rows.max()} of {self.rows}")
-        owner = np.searchsorted(self._starts, rows, side="right") - 1
-        own = rows - np.asarray(self._starts)[owner]
+        owner, own = self._located(rows)
         widths, found = self._widths[owner], []
         for name in names:
             first = getattr(self._plain[0], name)
@@ -138,10 +139,10 @@ class SketchRows:
             found.append(out)
         return found
 
-    @cached_property
-    def _widths(self) -> Numbers:
-        """How many slots each shard has."""
-        return np.array([self._slots(shard) for _, _, shard in self._pieces])
+    def _located(self, rows: Numbers) -> tuple[Numbers, Numbers]:
+        """The shard of each row, and its place there."""
+        owner = np.searchsorted(self._starts, rows, side="right") - 1
+        return owner, rows - np.asarray(self._starts)[owner]
 
     @cached_property
     def _addresses(self) -> dict[str, Numbers]:
@@ -161,8 +162,7 @@ class SketchRows:
         width = self.slots if slots is None else 1
         first = (getattr(self._plain[0], name) for name in names)
         found = [np.zeros((len(rows), width, *array.shape[2:]), array.dtype) for array in first]
-        owner = np.searchsorted(self._starts, rows, side="right") - 1
-        own = rows - np.asarray(self._starts)[owner]
+        owner, own = self._located(rows)
         order = np.argsort(owner, kind="stable")
         ends = [*(np.flatnonzero(np.diff(owner[order])) + 1).tolist(), len(order)]
         if len(rows) < FEW * len(ends):

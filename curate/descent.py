@@ -9,7 +9,7 @@ Letters: V vectors, Q queries, M sketch dimension.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import ModuleType
 
 import numpy as np
@@ -105,9 +105,7 @@ class Descent:
                 for query in active:
                     seen[query] += self._alone(first, last, int(query))
                 break
-            end = min(last, first + many)
-            while not any(self._could(end - 1, query) for query in active):
-                end -= 1
+            end = self._end(first, min(last, first + many), active)
             bands = self._bands.bands[first:end]
             self._multiply(bands, active, self._operand.some(torch.from_numpy(active)))
             seen[active] += sum(band.count for band in bands)
@@ -139,6 +137,13 @@ class Descent:
         most = self._bands.norm[number] if self._there[query] else 0.0
         return not self.candidates[query].least >= most
 
+    def _end(self, first: int, last: int, queries: Iterable[int]) -> int:
+        """Where the bands end, of some, that could have something for any of the queries."""
+        end = first + 1
+        while end < last and any(self._could(end, query) for query in queries):
+            end += 1
+        return end
+
     def _alone(self, first: int, last: int, query: int) -> int:
         """Take what could enter for one query; how many vectors it saw."""
         seen, many = 0, 1
@@ -147,8 +152,7 @@ class Descent:
             if kernels is None:
                 self._scan(self._bands.bands[first], query)
             else:
-                while end < min(last, first + many) and self._could(end, query):
-                    end += 1
+                end = self._end(first, min(last, first + many), [query])
                 self._screen(kernels, first, end, query)
                 many = min(GROWS * many, MOST)
             seen += sum(band.count for band in self._bands.bands[first:end])

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from curate.errors import CurateError
 
 SCHEMA_VERSION: Literal[1] = 1
+INDEX_FORMAT = 4
 
 VectorKind = Literal["steps", "totals"]
 ShardKind = Literal["steps", "totals", "rows"]
@@ -259,5 +260,5 @@ def index_digest(manifest: Manifest, set_name: str) -> str:
         for shard in manifest.shards
         if shard.set == set_name and shard.kind != "rows"
     )
-    said = json.dumps([4, manifest.weights, shards], sort_keys=True)
+    said = json.dumps([INDEX_FORMAT, manifest.weights, shards], sort_keys=True)
     return hashlib.sha256(said.encode()).hexdigest()[:12]

@@ -99,11 +99,11 @@ class Operand:
             rows: int8, or uint8 with `OFFSET` added, as FAISS stores them.
             tiled: whether there is so much to do that loading a kernel pays, where there is one.
         """
-        digits = self.scale is not None
-        kernels = tiles_for(rows.shape[1]) if tiled and digits and rows.stride(1) == 1 else None
+        serve = tiled and self.scale is not None and rows.stride(1) == 1
+        kernels = tiles_for(rows.shape[1]) if serve else None
         if kernels is None:
             rows = _signed(rows)
-            if not digits:
+            if self.scale is None:
                 return _widened_product(rows, self.columns, place)
             out = _room(place, torch.int32, len(rows), self.width)
             return torch._int_mm(rows, self.columns, out=out)

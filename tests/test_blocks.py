@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -94,3 +97,9 @@ def test_ranges_keep_to_shards(
         whole = rows._plain[first // 4]
         within = first // 4 == (last - 1) // 4
         assert np.shares_memory(rows.read(first, last).values, whole.values) == within
+
+
+def test_torch_is_not_loaded_for_what_filters_read() -> None:
+    """It takes a second, which a command that multiplies nothing does not wait for."""
+    code = "import sys, curate.scratch, curate.profile; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -154,6 +154,23 @@ def hidden_by(rounded: str) -> tuple[np.ndarray, np.ndarray]:
     return query[None], vectors.astype(np.float32)
 
 
+def went_down(
+    path: Path, vectors: np.ndarray, order: np.ndarray, query: np.ndarray, queries: int, many: bool
+) -> tuple[bands.Bands, descent.Descent, np.ndarray]:
+    """The bands of vectors, so many times the same query that has been down them for the best one,
+    and how many vectors each saw.
+    """
+    norms = np.linalg.norm(vectors, axis=1)
+    entries = bands.write_bands(path, [order], norms, lambda numbers: vectors[numbers])
+    kept = bands.Bands(path, entries, vectors.shape[1], many=many)
+    search = descent.Descent(kept, np.repeat(query[None], queries, axis=0), 1)
+    return kept, search, search.down(0, len(entries))
+
+
+def by_norm(vectors: np.ndarray) -> np.ndarray:
+    return np.argsort(-np.linalg.norm(vectors, axis=1), kind="stable")
+
+
 @pytest.mark.parametrize("rounded", ["query", "vectors", "sums"])
 @pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize("queries", [1, 12])
@@ -165,12 +182,8 @@ def test_bounds_hold_what_rounding_hides(
     """
     query, vectors = hidden_by(rounded)
     monkeypatch.setattr(bands, "BAND_BYTES", 300 * 4 * vectors.shape[1])
-    norms = np.linalg.norm(vectors, axis=1)
-    order = np.argsort(-norms, kind="stable")
-    entries = bands.write_bands(tmp_path, [order], norms, lambda numbers: vectors[numbers])
-    kept = bands.Bands(tmp_path, entries, vectors.shape[1], many=many)
-    search = descent.Descent(kept, query.repeat(queries, axis=0), 1)
-    assert len(entries) == 4 and (search.down(0, 4) > 300).all()
+    kept, search, saw = went_down(tmp_path, vectors, by_norm(vectors), query[0], queries, many)
+    assert len(kept.bands) == 4 and (saw > 300).all()
     products = vectors.astype(np.float64) @ query[0]
     seen, _ = kept.nearest(kept.bands[0], np.rint(query[0]).astype(np.float32), 300)
     assert np.ptp(seen) < np.ptp(products)
@@ -195,12 +208,8 @@ def test_bounds_hold_what_float32_rounds(
     kept_codes, scales = quantize(vectors)
     nothing_left = (vectors / scales[:, None] == kept_codes).all(axis=1)
     codes, vectors, scales = (each[nothing_left][:1000] for each in (codes, vectors, scales))
-    norms = np.linalg.norm(vectors, axis=1)
-    order = np.argsort(-norms, kind="stable")
-    entries = bands.write_bands(tmp_path, [order], norms, lambda numbers: vectors[numbers])
-    kept = bands.Bands(tmp_path, entries, vectors.shape[1], many=many)
-    search = descent.Descent(kept, query.repeat(queries, axis=0), 1)
-    assert len(entries) == 4 and (search.down(0, 4) > 300).all()
+    kept, search, saw = went_down(tmp_path, vectors, by_norm(vectors), query[0], queries, many)
+    assert len(kept.bands) == 4 and (saw > 300).all()
     exact = vectors.astype(np.float64) @ query[0]
     told = (codes.astype(np.float64) @ query[0]) * scales
     assert exact.argmax() != told.argmax()
@@ -245,11 +254,8 @@ def test_bounds_are_of_both_sides(
         probe = Probe(unit)
         whole, size = probe._whole, probe.size
     vectors = opposed(unit, whole, size).astype(np.float32)
-    norms = np.linalg.norm(vectors, axis=1)
-    entries = bands.write_bands(tmp_path, [np.arange(2)], norms, lambda numbers: vectors[numbers])
-    kept = bands.Bands(tmp_path, entries, 64, many=many)
-    search = descent.Descent(kept, np.repeat(unit[None], queries, axis=0), 1)
-    assert (search.down(0, 2) == 2).all()
+    _, search, saw = went_down(tmp_path, vectors, np.arange(2), unit, queries, many)
+    assert (saw == 2).all()
     assert all(1 in own.numbers for own in search.candidates)
 
 

@@ -14,11 +14,11 @@ from typing import Any
 import numba
 import numpy as np
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import types
 from numba.extending import intrinsic
 
 from sdi import team
-from sdi.compiled.ahead import PAGE, ask_row, prefetch
+from sdi.compiled.instructions import PAGE, ask_row, called, cgutils, prefetch, spread
 from sdi.compiled.turns import LOOSE, carray, kernel, pointer
 
 BANDS, DIM, PLANES, STRIPES, PLAN, NEEDS, TABLES, WHOLE = range(1, 9)
@@ -76,13 +76,6 @@ def _read(builder: Any, place: Any, kind: Any, count: int) -> Any:
     return builder.load(builder.inttoptr(place, _vector(kind, count).as_pointer()), align=1)
 
 
-def _call(builder: Any, name: str, made: Any, *given: Any) -> Any:
-    """A function of the processor."""
-    kind = ir.FunctionType(made, [value.type for value in given])
-    known = builder.module.globals.get(name)
-    return builder.call(known or ir.Function(builder.module, kind, name), given)
-
-
 def _shuffled(builder: Any, one: Any, other: Any, order: list[int]) -> Any:
     return builder.shuffle_vector(one, other, ir.Constant(_vector(_word, len(order)), order))
 
@@ -97,12 +90,11 @@ def _look_up(_context: Any, bits: Any, tables: Any, pairs: Any, sums: Any, weigh
 
     def generate(_context: Any, builder: Any, _signature: Any, given: Any) -> None:
         bits, tables, pairs, sums, weight = given
-        of: Any = cgutils  # which has no types
         zero = _all(_half, shorts, 0)
         registers = range(LANES // REGISTER)
-        both = [of.alloca_once_value(builder, zero) for _ in registers]
-        upper = [of.alloca_once_value(builder, zero) for _ in registers]
-        with of.for_range(builder, pairs, intp=_long) as loop:
+        both = [cgutils.alloca_once_value(builder, zero) for _ in registers]
+        upper = [cgutils.alloca_once_value(builder, zero) for _ in registers]
+        with cgutils.for_range(builder, pairs, intp=_long) as loop:
 
             def at(base: Any, size: int, offset: int = 0) -> Any:
                 moved = builder.mul(loop.index, ir.Constant(_long, size))
@@ -118,7 +110,7 @@ def _look_up(_context: Any, bits: Any, tables: Any, pairs: Any, sums: Any, weigh
                 moved = builder.lshr(read, _all(_half, shorts, 4))
                 for part, values in zip((read, moved), table, strict=True):
                     which = builder.and_(builder.bitcast(part, low.type), low)
-                    found = _call(builder, _LOOK, low.type, values, which)
+                    found = called(builder, _LOOK, low.type, values, which)
                     added = builder.bitcast(found, zero.type)
                     high = builder.lshr(added, _all(_half, shorts, 8))
                     for total, more in ((both[number], added), (upper[number], high)):
@@ -131,12 +123,7 @@ def _look_up(_context: Any, bits: Any, tables: Any, pairs: Any, sums: Any, weigh
             order = [place for i in range(shorts) for place in (i, shorts + i)]
             made = builder.zext(_shuffled(builder, lower, high, order), _vector(_word, REGISTER))
             for value, function in ((bias, builder.sub), (weight, builder.mul)):
-                one = builder.insert_element(
-                    ir.Constant(made.type, ir.Undefined),
-                    builder.trunc(value, _word),
-                    ir.Constant(_word, 0),
-                )
-                made = function(made, _shuffled(builder, one, one, [0] * REGISTER))
+                made = function(made, spread(builder, builder.trunc(value, _word), REGISTER))
             place = builder.add(sums, ir.Constant(_long, 4 * REGISTER * number))
             known = _read(builder, place, _word, REGISTER)
             target = builder.inttoptr(place, made.type.as_pointer())
@@ -150,14 +137,15 @@ def _multiply(_context: Any, codes: Any, whole: Any, dim: Any) -> Any:
 
     def generate(_context: Any, builder: Any, _signature: Any, given: Any) -> Any:
         codes, whole, dim = given
-        of: Any = cgutils
-        total = of.alloca_once_value(builder, _all(_word, 8, 0))
-        with of.for_range(builder, builder.lshr(dim, ir.Constant(_long, 4)), intp=_long) as loop:
+        total = cgutils.alloca_once_value(builder, _all(_word, 8, 0))
+        with cgutils.for_range(
+            builder, builder.lshr(dim, ir.Constant(_long, 4)), intp=_long
+        ) as loop:
             place = builder.mul(loop.index, ir.Constant(_long, 16))
             read = _read(builder, builder.add(codes, place), _byte, 16)
             numbers = _read(builder, builder.add(whole, builder.add(place, place)), _half, 16)
             wide = builder.zext(read, numbers.type)
-            made = _call(builder, "llvm.x86.avx2.pmadd.wd", _vector(_word, 8), wide, numbers)
+            made = called(builder, "llvm.x86.avx2.pmadd.wd", _vector(_word, 8), wide, numbers)
             builder.store(builder.add(builder.load(total), made), total)
         kept = builder.sext(builder.load(total), _vector(_long, 8))
         sums = [builder.extract_element(kept, ir.Constant(_word, i)) for i in range(8)]

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import types
 from numba.extending import intrinsic
 
 from sdi.compiled.factors import (
@@ -26,6 +26,7 @@ from sdi.compiled.factors import (
     word_type,
     write_vector,
 )
+from sdi.compiled.instructions import called, cgutils, spread
 
 SPAN = 2 * SIDE
 """Rows and columns of four tiles; tokens of a tile."""
@@ -38,9 +39,7 @@ _byte, _long = ir.IntType(8), ir.IntType(64)
 def _instruct(builder: Any, name: str, *given: Any) -> None:
     """An instruction of the processor, of addresses, strides and, as bytes, the tiles' numbers."""
     values = [ir.Constant(_byte, one) if isinstance(one, int) else one for one in given]
-    kind = ir.FunctionType(ir.VoidType(), [value.type for value in values])
-    known = builder.module.globals.get(f"llvm.x86.{name}")
-    builder.call(known or ir.Function(builder.module, kind, f"llvm.x86.{name}"), values)
+    called(builder, f"llvm.x86.{name}", ir.VoidType(), *values)
 
 
 def _at(builder: Any, place: Any, offset: int = 0) -> Any:
@@ -113,12 +112,9 @@ def _copy_line(_context: Any, source: Any, target: Any, flips: Any) -> Any:
 
     def generate(_context: Any, builder: Any, _signature: Any, given: Any) -> None:
         source, target, flips = given
-        empty = ir.Constant(vector(word_type), ir.Undefined)
-        word = builder.trunc(flips, word_type)
-        one = builder.insert_element(empty, word, ir.Constant(word_type, 0))
-        all_of_them = builder.shuffle_vector(one, empty, each(0))
+        flipped = spread(builder, builder.trunc(flips, word_type), SIDE)
         read = read_vector(builder, source, word_type)
-        write_vector(builder, target, builder.xor(read, all_of_them))
+        write_vector(builder, target, builder.xor(read, flipped))
 
     return types.void(source, target, flips), generate
 
@@ -128,9 +124,7 @@ def _add_numbers(count: int) -> Any:
 
     def build(_context: Any, target: Any, source: Any, sign: Any) -> Any:
         def generate(_context: Any, builder: Any, _signature: Any, given: Any) -> None:
-            empty = ir.Constant(vector(number_type), ir.Undefined)
-            one = builder.insert_element(empty, given[2], ir.Constant(ir.IntType(32), 0))
-            signs = builder.shuffle_vector(one, empty, each(0))
+            signs = spread(builder, given[2], SIDE)
             for part in range(count):
                 at = ir.Constant(_long, 4 * SIDE * part)
                 target, source = (builder.add(place, at) for place in given[:2])
@@ -210,9 +204,8 @@ def _pack(kind: Any) -> Any:
         def generate(_context: Any, builder: Any, _signature: Any, given: Any) -> None:
             first, second, target, apart, signs, squares, sums, tiles = given
             zero = ir.Constant(vector(number_type), [0.0] * SIDE)
-            of: Any = cgutils  # which has no types
-            parts = [of.alloca_once_value(builder, zero) for _ in range(2)]
-            with of.for_range(builder, tiles, intp=_long) as loop:
+            parts = [cgutils.alloca_once_value(builder, zero) for _ in range(2)]
+            with cgutils.for_range(builder, tiles, intp=_long) as loop:
 
                 def at(base: Any, size: int) -> Any:
                     return builder.add(base, builder.mul(loop.index, ir.Constant(_long, size)))

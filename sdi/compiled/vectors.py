@@ -17,13 +17,12 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba.core import cgutils as typed_cgutils
 from numba.core import types
 from numba.extending import intrinsic, models, register_model
 
 from sdi import team
+from sdi.compiled.instructions import called, cgutils, spread
 
-cgutils: Any = typed_cgutils  # which says nothing of its functions' types
 LANES = 16 if "avx512f" in team.features() else 8
 """Numbers of a vector, and vectors of a tile; a tile takes half of the registers."""
 
@@ -109,18 +108,9 @@ def _write(builder: Any, value: Any, address: Any) -> None:
     builder.store(value, address).align = 4
 
 
-def _spread(builder: Any, number: Any, kind: Any = _vector) -> Any:
-    """A vector with the number in every lane."""
-    nothing = ir.Constant(kind, ir.Undefined)
-    one = builder.insert_element(nothing, number, _word(0))
-    return builder.shuffle_vector(one, nothing, _words([0] * LANES))
-
-
 def _call(builder: Any, name: str, *operands: Any) -> Any:
     """A function of vectors that LLVM has, such as fma."""
-    kind = ir.FunctionType(_vector, [_vector] * len(operands))
-    name = f"llvm.{name}.v{LANES}f32"
-    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), operands)
+    return called(builder, f"llvm.{name}.v{LANES}f32", _vector, *operands)
 
 
 def _all(number: float) -> Any:
@@ -189,7 +179,7 @@ def add_along(builder: Any, tile: Any, left: Any, row: Any, vector: Any) -> Any:
 
 def _added(builder: Any, tile: Any, r: int, number: Any, vector: Any) -> Any:
     known = builder.extract_value(tile, r)
-    found = _call(builder, "fma", _spread(builder, number), vector, known)
+    found = _call(builder, "fma", spread(builder, number, LANES), vector, known)
     return builder.insert_value(tile, found, r)
 
 
@@ -198,7 +188,7 @@ def add_collected(builder: Any, vector: Any, left: Any, row: Any, tile: Any) -> 
     """Add to a vector Σ_r left[row, r] times vector r of a tile."""
     sums = [vector, _ZERO]  # two: each product waits for the one before
     for r in range(LANES):
-        number = _spread(builder, builder.load(left(row, _long(r), _number)))
+        number = spread(builder, builder.load(left(row, _long(r), _number)), LANES)
         sums[r % 2] = _call(builder, "fma", number, builder.extract_value(tile, r), sums[r % 2])
     return builder.fadd(*sums)
 
@@ -226,7 +216,7 @@ def transposed(builder: Any, tile: Any) -> Any:
 @_defined(_V, _F)
 def filled(builder: Any, number: Any) -> Any:
     """A vector with the number in every lane."""
-    return _spread(builder, number)
+    return spread(builder, number, LANES)
 
 
 @_defined(_V, _V, _V)
@@ -271,9 +261,9 @@ def largest(builder: Any, vector: Any) -> Any:
 @_defined(_V, _V, _I, _F)
 def kept_from(builder: Any, vector: Any, first: Any, other: Any) -> Any:
     """The vector, with `other` in the lanes before lane `first`."""
-    bound = _spread(builder, builder.trunc(first, _word), _words)
+    bound = spread(builder, builder.trunc(first, _word), LANES)
     keeps = builder.icmp_signed(">=", _words(list(range(LANES))), bound)
-    return builder.select(keeps, vector, _spread(builder, other))
+    return builder.select(keeps, vector, spread(builder, other, LANES))
 
 
 _LOG2E = math.log2(math.e)
