@@ -15,6 +15,7 @@ Letters: V vectors, M sketch dimension, B bands, L levels, T stretches of `LANES
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
@@ -46,15 +47,8 @@ _SUMS = 127
 """The largest sum of four whole numbers that fits into a byte, with or without a sign."""
 _SHORT, _WORDS = 2**15 - 1, 2**31 * 16 // (2 * 255) - 1
 """The largest whole number, and M times it, whose products with codes the kernel can add up."""
-_HUGE = float(1 << 62)
-_TINY = 1e-30
-"""Norms whose bounds in float32 might round by more than `_ROUNDED` of them."""
 _PART = 256
 """Vectors that are worked on at once."""
-_ROUNDED = 2.0**-16
-"""More than float32 rounds off a bound, of the product of both norms."""
-_SCATTERED = 1.5
-"""What reading the codes of a vector here and there costs more than reading them in a row."""
 
 
 def fits(dim: int) -> bool:
@@ -158,6 +152,24 @@ class Planes:
         self.told = (at_bits, at_bounds, at_codes, count, 4 * LANES * blocks)
 
 
+@dataclass(frozen=True)
+class Screened:
+    """What a search may find in some bands.
+
+    Attributes:
+        places: of vectors, counted from the first band's first one on.
+        low, high: bounds on their products with the query.
+        bands: how many were gone through; all of them where no later vector can enter.
+        seen: how many vectors were.
+    """
+
+    places: Numbers
+    low: Doubles
+    high: Doubles
+    bands: int
+    seen: int
+
+
 class Probe:
     """A query of norm one as the kernel takes it, twice in whole numbers: those that bits are asked
     with, so small that the sums over a group of four entries fit into bytes, and those that codes
@@ -167,7 +179,7 @@ class Probe:
         size, left: a query is size · w + δ, with w the second, and `left` = ‖δ‖.
 
     Args:
-        unit: float64 (M,).
+        unit: float64 (M,); or zeros.
     """
 
     def __init__(self, unit: Doubles) -> None:
@@ -182,61 +194,45 @@ class Probe:
         self.size = (float(np.abs(unit).max()) or 1.0) / min(_SHORT, _WORDS // len(unit))
         self._whole = np.rint(unit / self.size).astype(np.int16)
         self.left = float(np.linalg.norm(unit - self.size * self._whole))
-
-    def levels(self, norms: Doubles, lost: Doubles, least: float) -> Numbers:
-        """For bands with such norms (B,) and ‖e‖ / ‖v‖ (B, L) the level that costs least; 0 where
-        reading all codes does.
-
-        Products are taken to be normal, of a variance of 1/M: those of vectors without a direction
-        in common. Where they are not, too many pass, which costs time alone.
-        """
-        dim = len(self._whole)
-        room = (self._needs(norms, least) / norms)[:, None] - lost
-        passed = np.where(room > 0, np.exp(-0.5 * dim * np.square(room)), 1.0)
-        cost = np.arange(1, LEVELS + 1) * (dim / 8 / STRIPES) + _SCATTERED * dim * passed
-        pays = (cost.min(axis=1) < dim) & (norms > _TINY)
-        return np.where(pays, cost.argmin(axis=1) + 1, 0)
-
-    def _needs(self, norms: Doubles, least: float) -> Doubles:
-        """What the bound that bits give has to reach, of vectors up to some norms."""
-        return least - (self._left + _ROUNDED) * norms
+        there = float(unit.any())
+        reals = (self._size, self._length, self._left, self.size, self.left, there)
+        self._reals = np.array(reals)
 
     def screen(
         self,
         kernels: ModuleType,
         told: Numbers,
-        levels: Numbers,
-        norms: Doubles,
-        dots: Doubles,
-        least: float,
-    ) -> tuple[Numbers, Numbers]:
-        """The vectors of bands whose product with the query may be `least` or more.
+        rests: Doubles,
+        lost: Doubles,
+        scales: Floats,
+        norms: Floats,
+        best: Doubles,
+    ) -> Screened:
+        """Go down bands, one after another by norm, until no later vector can be among the best.
+
+        It may end before, where a band is not open or much was found, but not at the first band.
 
         Args:
-            told: as `Planes` has it, of each band; so the next ones.
-            levels: at level 0 no bits are read.
-            norms: bounds on the vectors'.
-            dots: below which the products of codes with the whole numbers are of no use.
-
-        Returns:
-            Their places, counted from the first band's first vector on, and the exact products of
-            their codes with the whole numbers.
+            told: as `Planes` has it, of each band; of those that are not open zeros.
+            rests: how far off the products of each band's codes may be.
+            lost: ‖e‖ / ‖v‖ of each band (B, L).
+            scales, norms: of the bands' vectors.
+            best: (k,) the k largest lower bounds known so far, the smallest first; where there are
+                fewer, -∞. It is left with those known then.
         """
-        bits, bounds, codes, counts, apart = told.T
-        gains = bounds + 2 * apart * np.maximum(levels - 1, 0)
-        useful = np.clip(np.floor(dots), -_HUGE, _HUGE).astype(np.int64)
-        plan = np.stack([bits, levels, counts, gains, gains + apart, codes, useful], axis=1)
-        needs = np.maximum(self._needs(norms, least), -np.finfo(np.float32).max / 2)
-        wanted = np.nextafter(needs.astype(np.float32), np.float32(-np.inf))
-        sums = np.empty(int(apart.max()) // 4, dtype=np.int32)
-        places = np.empty(int(counts.sum()), dtype=np.int32)
-        products = np.empty(len(places), dtype=np.int64)
-        found = np.zeros(1, dtype=np.int64)
+        room = 2 * int(told[:, 3].max())
+        places, state = np.empty(room, dtype=np.int64), np.zeros(3, dtype=np.int64)
+        low, high = np.empty(room), np.empty(room)
+        work = np.empty((2, kernels.PIECE), dtype=np.int32)
+        arrays = (
+            told, rests, lost, scales, norms, self._reals, self._tables, self._whole,
+            work[0], work[1], best, places, low, high, state,
+        )  # fmt: skip
+        assert all(array.flags.c_contiguous for array in arrays)
         job = (
-            0, len(plan), len(self._whole), PLANES, STRIPES,
-            *(array.ctypes.data for array in (plan, wanted, self._tables, self._whole)),
-            team.bits(self._size), team.bits(self._length),
-            *(array.ctypes.data for array in (sums, places, products, found)),
+            0, len(told), len(self._whole), PLANES, STRIPES, len(best), room, 0,
+            *(array.ctypes.data for array in arrays),
         )  # fmt: skip
         team.run(kernels.screened, job, 1)
-        return places[: found[0]].astype(np.int64), products[: found[0]].copy()
+        count, bands, seen = state.tolist()
+        return Screened(places[:count], low[:count], high[:count], bands, seen)

@@ -27,8 +27,6 @@ SHARED = 8
 """Bands that are multiplied at once, at most."""
 _ROUNDED = 2.0**-18
 """More than float32 rounds off what is held against a need, of the product of both norms."""
-GROWS, MOST = 4, 64
-"""Bands that are screened at once: one, then so many times as many each time, up to so many."""
 TOGETHER, WIDENED = 6, 8
 """From so many queries on a product of a band is faster than as many FAISS scans, in integers or,
 where the processor has no fast ones, in float32."""
@@ -46,6 +44,18 @@ class Candidates:
         self.numbers: Numbers = np.empty(0, dtype=np.int64)
         self._low: Doubles = np.empty(0)
         self._high: Doubles = np.empty(0)
+
+    def largest(self, most: int) -> Doubles:
+        """The k largest lower bounds, the smallest first, after -∞ where there are fewer.
+
+        Args:
+            most: more than vectors there are; no more bounds are given than so many.
+        """
+        out = np.full(min(self.k, most), -np.inf)
+        known = min(len(out), len(self._low))
+        if known:
+            out[-known:] = np.sort(np.partition(self._low, -known)[-known:])
+        return out
 
     def with_more(self, numbers: Numbers, low: Doubles, high: Doubles) -> Candidates:
         """These and others."""
@@ -146,35 +156,37 @@ class Descent:
 
     def _alone(self, first: int, last: int, query: int) -> int:
         """Take what could enter for one query; how many vectors it saw."""
-        seen, many = 0, 1
+        seen = 0
         while first < last and self._could(first, query):
-            kernels, end = self._bands.screens(), first + 1
+            kernels = self._bands.screens()
             if kernels is None:
                 self._scan(self._bands.bands[first], query)
+                bands, saw = 1, self._bands.bands[first].count
             else:
-                end = self._end(first, min(last, first + many), [query])
-                self._screen(kernels, first, end, query)
-                many = min(GROWS * many, MOST)
-            seen += sum(band.count for band in self._bands.bands[first:end])
-            first = end
+                bands, saw = self._screen(kernels, first, last, query)
+            first, seen = first + bands, seen + saw
         return seen
 
-    def _screen(self, kernels: ModuleType, first: int, end: int, query: int) -> None:
-        """Take what the bits of bands leave, by exact products with their codes."""
+    def _screen(self, kernels: ModuleType, first: int, last: int, query: int) -> tuple[int, int]:
+        """Take what the bits of bands leave, by exact products with their codes; how many bands and
+        vectors that went through.
+        """
         if query not in self._probes:
             self._probes[query] = Probe(self._units[query])
-        probe, least, some = self._probes[query], self.candidates[query].least, slice(first, end)
-        norms, scales = self._bands.norm[some], self._bands.scale[some]
-        rests = self._bands.rest[some] + self._exact
-        levels = np.zeros(len(norms), dtype=np.int64)
-        if 0 < least < np.inf:
-            levels = probe.levels(norms, self._bands.lost[some], least)
-        dots = (least - probe.left * norms) / scales - rests * (1 + probe.left)
-        dots = np.where(dots > 0, dots / probe.size - 1, -np.inf)
-        told = self._bands.told(first, end)
-        places, found = probe.screen(kernels, told, levels, norms, dots, least)
-        places += self._bands.bands[first].start
-        self._take_rounded(query, places, probe.size * found, float(rests.max()), probe.left)
+        bands, before, some = self._bands, self.candidates[query], slice(first, last)
+        start = bands.bands[first].start
+        found = self._probes[query].screen(
+            kernels,
+            bands.told(first, last),
+            bands.rest[some] + self._exact,
+            bands.lost[some],
+            bands.scales[start:],
+            bands.norms[start:],
+            before.largest(len(bands.norms) + 1),
+        )
+        numbers = bands.numbers[start + found.places]
+        self.candidates[query] = before.with_more(numbers, found.low, found.high)
+        return found.bands, found.seen
 
     def _scan(self, band: Band, query: int) -> None:
         """Ask FAISS for more and more of a band, until those that are left cannot enter."""

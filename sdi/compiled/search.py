@@ -21,21 +21,29 @@ from sdi import team
 from sdi.compiled.instructions import PAGE, ask_row, called, cgutils, prefetch, spread
 from sdi.compiled.turns import LOOSE, carray, kernel, pointer
 
-BANDS, DIM, PLANES, STRIPES, PLAN, NEEDS, TABLES, WHOLE = range(1, 9)
-"""Places in a job: how many bands; M; planes, and stripes of each; addresses of int64 (bands, 7) as
-below, of float32 (bands,) that a bound has to reach, of uint8 tables (M / 4, 16) with `BIAS` added,
-and of the query in whole numbers, int16 (M,)."""
-SIZE, LENGTH, SUMS, PLACES, DOTS, FOUND = range(9, 15)
-"""Of float64 numbers the bits: what a sum of the tables has to be multiplied with, and the length
-of the query that the tables are of. Addresses of int32, one for each vector of a band in whole
-blocks; of int32, the places of what was found; of int64, their products with the whole numbers; of
-int64 (1,), how many there are."""
-BITS, LEVEL, COUNT, GAINS, RESTS, CODES, LEAST = range(7)
-"""Of a band: the address of its bits, (stripes, blocks, M / 8 / STRIPES, LANES) bytes; how many
-stripes are read; how many vectors; addresses of float32 gains and rests at that level, in whole
-blocks; of its codes, uint8 (count, M), with `OFFSET` added; and the least product of these with the
-whole numbers that is of use."""
-CODED, QUERIES, APART, PRODUCTS, SCALES, SIZES, FAR, LIMITS, HITS, REACHED = range(1, 11)
+BANDS, DIM, PLANES, STRIPES, LIKELY, ROOM, OFFSETS = range(1, 8)
+"""Places in a job: how many bands; M; planes, and stripes of each; how many are sought, k; how many
+finds there is room for; room for `OFFSET` times the sum of the whole numbers."""
+TOLD, RESTS, LOST, SCALES, NORMS, REALS, TABLES, WHOLE = range(8, 16)
+"""Addresses of int64 (bands, 5) as below; of float64 (bands,), how far off a product with codes may
+be for a query of norm one; of float64 (bands, planes · stripes), the mean of ‖e‖ / ‖v‖ at each
+level; of float32, the scale and the norm of each vector of these bands, the longest first; of
+float64 (6,) as below; of uint8 tables (M / 4, 16) with `BIAS` added; and of the query in whole
+numbers, int16 (M,)."""
+SUMS, PASSED, BEST, PLACES, LOW, HIGH, STATE = range(16, 23)
+"""Addresses of room: int32, a sum and a place for each vector of `PIECE`; of float64 (k,), the
+largest lower bounds that are known, smallest first; of int64, the places of what was found, counted
+from the first band's first vector on, and float64, the bounds on their products; and of int64 (3,):
+how many there are, how many bands were gone through, and how many vectors were seen."""
+BITS, GAINS, CODES, COUNT, APART = range(5)
+"""Of a band: addresses of its bits, (planes, stripes, blocks, M / 8 / stripes, LANES) bytes, of the
+float32 gains and rests of all levels, in whole blocks, and of its codes, uint8 (count, M) with
+`OFFSET` added; how many vectors; bytes of a level's gains. Zeros where it is not open."""
+SIZE, LENGTH, SHORT, UNIT, LEFT, THERE, LAST = range(7)
+"""Of a query of norm one: what a sum of the tables has to be multiplied with; the norm of what the
+tables are of, and of what they leave of the query; what the whole numbers have to be multiplied
+with, and the norm of what they leave of it; 0 where it is no query but zero, or else 1."""
+CODED, QUERIES, BETWEEN, PRODUCTS, FACTORS, SIZES, FAR, LIMITS, HITS, REACHED = range(1, 11)
 """Places in a job of `reached`: how many codes and queries; numbers from one code's products to the
 next one's; addresses of int32 products, of float32 scales of the codes, of the sizes of the
 queries' numbers, how far off their products may be, and what they need; of int32, the number of
@@ -52,6 +60,14 @@ _FEW = 16
 """Vectors that are asked together whether any of them may be among the best."""
 _NEXT, _COMING = 4, 16
 """How many rows ahead codes are asked for that are multiplied, and rows that are copied."""
+PIECE = 2048
+"""Vectors of a band that are gone through at once, in whole blocks."""
+_ROUNDED = 2.0**-16
+"""More than float32 rounds off a bound, of the product of both norms."""
+_TINY = 1e-30
+"""Norms whose bounds in float32 might round by more than that."""
+_SCATTERED = 1.5
+"""What reading the codes of a vector here and there costs more than reading them in a row."""
 
 _byte, _half, _word, _long = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _longs, _words, _halves = pointer(types.int64), pointer(types.int32), pointer(types.int16)
@@ -161,19 +177,42 @@ multiply: Any = intrinsic(_multiply)
 
 
 @numba.njit
-def _sum(job: Any, band: Any, blocks: Any) -> None:
-    """What the bits of a band's vectors come to."""
+def level(lost: Any, room: Any, dim: Any, size: Any) -> Any:
+    """The level that costs least, 0 where reading all codes does.
+
+    Products are taken to be normal, of a variance of 1/M: those of vectors without a direction in
+    common. Where they are not, too many pass, which costs time alone.
+
+    Args:
+        lost: ‖e‖ / ‖v‖ at each level.
+        room: what a bound has to reach, in norms of the longest vector.
+        size: bytes of a vector's bits in a stripe.
+    """
+    cheapest, found = float(dim), 0
+    for number in range(lost.shape[0]):
+        over = room - lost[number]
+        passed = np.exp(-0.5 * dim * over * over) if over > 0 else 1.0
+        cost = (number + 1) * size + _SCATTERED * dim * passed
+        if cost < cheapest:
+            cheapest, found = cost, number + 1
+    return found
+
+
+@numba.njit
+def _sum(job: Any, band: Any, levels: Any, start: Any, count: Any) -> None:
+    """What the bits of some vectors of a band come to."""
     pairs = job[DIM] // (8 * job[STRIPES])
-    for stripe in range(band[LEVEL]):
+    blocks, first = (band[COUNT] + LANES - 1) // LANES, start // LANES
+    for stripe in range(levels):
         weight = 1 << (job[PLANES] - 1 - stripe // job[STRIPES])
-        place = band[BITS] + LANES * pairs * blocks * stripe
+        place = band[BITS] + LANES * pairs * (blocks * stripe + first)
         tables = job[TABLES] + 32 * pairs * (stripe % job[STRIPES])
-        for block in range(blocks):
-            for first in range(0, pairs, _PAIRS):
+        for block in range((count + LANES - 1) // LANES):
+            for pair in range(0, pairs, _PAIRS):
                 look_up(
-                    place + LANES * (pairs * block + first),
-                    tables + 32 * first,
-                    min(_PAIRS, pairs - first),
+                    place + LANES * (pairs * block + pair),
+                    tables + 32 * pair,
+                    min(_PAIRS, pairs - pair),
                     job[SUMS] + 4 * LANES * block,
                     weight,
                 )
@@ -189,60 +228,112 @@ def _some(sums: Any, gains: Any, rests: Any, size: Any, length: Any, need: Any, 
 
 
 @numba.njit
-def _passed(job: Any, band: Any, size: Any, length: Any, need: Any, places: Any, end: Any) -> Any:
-    """Put the places of a band's vectors whose bounds reach what is needed; where they end."""
-    count = band[COUNT]
+def _passed(
+    job: Any, band: Any, reals: Any, levels: Any, start: Any, count: Any, need: Any, passed: Any
+) -> Any:
+    """Put the places of some vectors of a band whose bounds reach what is needed; how many."""
+    if levels == 0:
+        for place in range(count):
+            passed[place] = place
+        return count
     blocks = (count + LANES - 1) // LANES
+    place = band[GAINS] + 2 * band[APART] * (levels - 1) + 4 * start
+    gains = carray(_floats(place), (LANES * blocks,))
+    rests = carray(_floats(place + band[APART]), (LANES * blocks,))
     sums = carray(_words(job[SUMS]), (LANES * blocks,))
-    gains = carray(_floats(band[GAINS]), (LANES * blocks,))
-    rests = carray(_floats(band[RESTS]), (LANES * blocks,))
     sums[:] = 0
-    _sum(job, band, blocks)
-    for start in range(0, count, _FEW):
-        if _some(sums, gains, rests, size, length, need, start):
-            for place in range(start, min(start + _FEW, count)):
+    _sum(job, band, levels, start, count)
+    size, length, end = np.float32(reals[SIZE]), np.float32(reals[LENGTH]), 0
+    for first in range(0, count, _FEW):
+        if _some(sums, gains, rests, size, length, need, first):
+            for place in range(first, min(first + _FEW, count)):
                 bound = np.float32(sums[place]) * size * gains[place] + rests[place] * length
                 if bound >= need:
-                    places[end] = place
+                    passed[end] = place
                     end += 1
     return end
+
+
+@numba.njit
+def _replace(best: Any, low: Any) -> None:
+    """Take a bound in the place of the smallest; the smaller of what two places hold lies before
+    them.
+    """
+    place, size = 0, best.shape[0]
+    while 2 * place + 1 < size:
+        child = 2 * place + 1
+        if child + 1 < size and best[child + 1] < best[child]:
+            child += 1
+        if best[child] >= low:
+            break
+        best[place] = best[child]
+        place = child
+    best[place] = low
+
+
+@numba.njit
+def _found(job: Any, band: Any, rest: Any, lost: Any, first: Any, start: Any, found: Any) -> Any:
+    """Put what could be among the best of a piece of a band that begins with vector `first`, after
+    what was found before; how many there are then.
+    """
+    dim, count = job[DIM], min(PIECE, band[COUNT] - start)
+    reals = carray(_doubles(job[REALS]), (LAST,))
+    best = carray(_doubles(job[BEST]), (job[LIKELY],))
+    scales = carray(_floats(job[SCALES]), (first + start + count,))
+    norms = carray(_floats(job[NORMS]), (first + start + count,))
+    room = (job[ROOM],)
+    places = carray(_longs(job[PLACES]), room)
+    lows, highs = carray(_doubles(job[LOW]), room), carray(_doubles(job[HIGH]), room)
+    passed = carray(_words(job[PASSED]), (PIECE,))
+    norm = np.float64(norms[first + start])
+    need, levels = best[0] - (reals[SHORT] + _ROUNDED) * norm, 0
+    if 0 < best[0] < np.inf and norm > _TINY:
+        levels = level(lost, need / norm, dim, dim // (8 * job[STRIPES]))
+    wanted = np.float32(need - abs(need) * _ROUNDED)
+    codes, offset = band[CODES] + dim * start, job[OFFSETS]
+    hits = _passed(job, band, reals, levels, start, count, wanted, passed)
+    for hit in range(hits):
+        place = passed[hit]
+        if hit + _NEXT < hits:
+            ask_row(codes + dim * passed[hit + _NEXT], dim)
+        own = first + start + place
+        scale = np.float64(scales[own])
+        dot = (multiply(codes + dim * place, job[WHOLE], dim) - offset) * reals[UNIT] * scale
+        off = rest * (1 + reals[LEFT]) * scale + reals[LEFT] * norms[own]
+        if dot + off >= best[0]:
+            places[found], lows[found], highs[found] = own, dot - off, dot + off
+            found += 1
+            if dot - off > best[0]:
+                _replace(best, dot - off)
+    return found
 
 
 @kernel
 def screened(address: Any) -> None:
     """See `curate.bitplanes.Probe.screen`."""
-    job = carray(address, (FOUND + 1,), np.int64)
-    told = carray(_doubles(job.ctypes.data), (FOUND + 1,))
-    size, length = np.float32(told[SIZE]), np.float32(told[LENGTH])
-    plan = carray(_longs(job[PLAN]), (job[BANDS], LEAST + 1))
-    needs = carray(_floats(job[NEEDS]), (job[BANDS],))
-    found, first, dim = 0, 0, job[DIM]
-    offset = 0
+    job = carray(address, (STATE + 1,), np.int64)
+    bands, dim = job[BANDS], job[DIM]
+    told = carray(_longs(job[TOLD]), (bands, APART + 1))
+    rests = carray(_doubles(job[RESTS]), (bands,))
+    lost = carray(_doubles(job[LOST]), (bands, job[PLANES] * job[STRIPES]))
+    best = carray(_doubles(job[BEST]), (job[LIKELY],))
+    there = carray(_doubles(job[REALS]), (LAST,))[THERE]
     whole = carray(_halves(job[WHOLE]), (dim,))
+    job[OFFSETS] = 0
     for i in range(dim):
-        offset += OFFSET * whole[i]
-    for number in range(job[BANDS]):
-        band = plan[number]
-        count = band[COUNT]
-        places = carray(_words(job[PLACES]), (first + count,))
-        dots = carray(_longs(job[DOTS]), (first + count,))
-        end = found
-        if band[LEVEL] == 0:
-            for place in range(count):
-                places[end] = place
-                end += 1
-        else:
-            end = _passed(job, band, size, length, needs[number], places, end)
-        for hit in range(found, end):
-            place = places[hit]
-            if hit + _NEXT < end:
-                ask_row(band[CODES] + dim * places[hit + _NEXT], dim)
-            dot = multiply(band[CODES] + dim * place, job[WHOLE], dim) - offset
-            if dot >= band[LEAST]:
-                places[found], dots[found] = first + place, dot
-                found += 1
-        first += count
-    carray(_longs(job[FOUND]), (1,))[0] = found
+        job[OFFSETS] += OFFSET * whole[i]
+    found, first, number = 0, 0, 0
+    while number < bands and told[number, BITS] and found + told[number, COUNT] <= job[ROOM]:
+        band = told[number]
+        norms = carray(_floats(job[NORMS]), (first + band[COUNT],))
+        start = 0
+        while start < band[COUNT] and not best[0] >= there * norms[first + start]:
+            found = _found(job, band, rests[number], lost[number], first, start, found)
+            start = min(start + PIECE, band[COUNT])
+        first += start
+        number = number + 1 if start == band[COUNT] else bands
+    state = carray(_longs(job[STATE]), (3,))
+    state[0], state[1], state[2] = found, number, first
 
 
 @kernel
@@ -277,12 +368,12 @@ def reached(address: Any) -> None:
     """See `curate.bands.Bands.reached`."""
     job = carray(address, (REACHED + 1,), np.int64)
     codes, queries, found = job[CODED], job[QUERIES], 0
-    scales = carray(_floats(job[SCALES]), (codes,))
+    scales = carray(_floats(job[FACTORS]), (codes,))
     sizes = carray(_floats(job[SIZES]), (queries,))
     far, limits = carray(_floats(job[FAR]), (queries,)), carray(_floats(job[LIMITS]), (queries,))
     hits = carray(_words(job[HITS]), (codes * queries,))
     for code in range(codes):
-        products = carray(_words(job[PRODUCTS] + 4 * job[APART] * code), (queries,))
+        products = carray(_words(job[PRODUCTS] + 4 * job[BETWEEN] * code), (queries,))
         if _count(products, scales[code], sizes, far, limits):
             for i in range(queries):
                 if (np.float32(products[i]) * sizes[i] + far[i]) * scales[code] >= limits[i]:

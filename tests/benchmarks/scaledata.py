@@ -38,8 +38,7 @@ QUERIES, STEPS = 64, 8
 SHARD_ROWS = 2048
 CHECKPOINT = "last"
 DEVIATION = 44.0
-"""Of the noise, in int8 units: the largest that `_rows` draws is then 127, which the largest entry
-of a sketch always is, and all of what is beyond."""
+"""Of the noise, in int8 units: the largest that `_rows` draws is then 127."""
 
 
 def make(path: Path, rows: int, dim: int, seed: int = 0) -> RunDirectory:
@@ -90,7 +89,9 @@ def _train(
 def _rows(
     random: np.random.Generator, topic: npt.NDArray[Any], directions: npt.NDArray[np.float32]
 ) -> npt.NDArray[np.int8]:
-    """int8 (rows, M): noise from a table of 256 normal quantiles, and a share of a direction."""
+    """int8 (rows, M): noise from a table of 256 normal quantiles, and a share of a direction; the
+    largest entry is 127, as a sketch's always is.
+    """
     from statistics import NormalDist
 
     quantile = NormalDist(0, DEVIATION).inv_cdf
@@ -101,7 +102,11 @@ def _rows(
     share = DEVIATION * random.uniform(0, 0.7, size=len(topic)).astype(np.float32)
     values += share[:, None] * directions[topic]
     np.rint(values, out=values)
-    return np.clip(values, -127, 127, out=values).astype(np.int8)
+    ints = np.clip(values, -127, 127, out=values).astype(np.int8)
+    largest = np.abs(ints).argmax(axis=1)[:, None]
+    signs = np.sign(np.take_along_axis(ints, largest, axis=1))
+    np.put_along_axis(ints, largest, np.where(signs < 0, -127, 127).astype(np.int8), axis=1)
+    return ints
 
 
 def _measured(
