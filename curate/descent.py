@@ -135,8 +135,8 @@ class Descent:
         which, places, dots = (np.concatenate(parts) for parts in zip(*found, strict=True))
         order = np.argsort(which, kind="stable")
         ends = np.searchsorted(which[order], np.arange(1, len(active)))
-        for number, own in enumerate(np.split(order, ends)):
-            query = int(active[number])
+        for own in filter(len, np.split(order, ends)):
+            query = int(active[which[own[0]]])
             self._take_rounded(query, places[own], dots[own], rest, self._left[query])
 
     def _could(self, number: int, query: int) -> bool:

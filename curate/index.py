@@ -154,27 +154,32 @@ class Searcher:
                 seen += descent.down(first, first + len(bands))
                 of += sum(band.count for band in bands)
             first += len(bands)
-        best = self._settled(exact, descent.candidates, k)
-        return [Found(*own, count / max(1, of)) for own, count in zip(best, seen, strict=True)]
+        found = self._products(exact, descent.candidates)
+        parts = zip(descent.candidates, found, seen, strict=True)
+        return [
+            Found(*_best(known.numbers, scores, k), count / max(1, of))
+            for known, scores, count in parts
+        ]
 
-    def _settled(
-        self, queries: Doubles, candidates: Sequence[Candidates], k: int
-    ) -> Iterator[tuple[Numbers, Doubles]]:
-        """The k best of each query's candidates, by the sketches themselves.
-
-        What several queries have among their candidates is read once.
-        """
-        kernels = self.bands.screens() if self.bands else None
-        most, start = block_rows(1, self.vectors.dim), 0
+    def _products(self, queries: Doubles, candidates: Sequence[Candidates]) -> Iterator[Doubles]:
+        """Inner products of each query's candidates, with the sketches themselves."""
         ends = np.cumsum([0, *(len(own.numbers) for own in candidates)])
-        while start < len(queries):
+        kernels = self.bands.screens() if self.bands else None
+        if kernels is not None:
+            numbers = np.concatenate([own.numbers for own in candidates])
+            which = np.repeat(np.arange(len(queries)), np.diff(ends))
+            products = self.vectors.products(numbers, which, queries, kernels)
+            yield from np.split(products, ends[1:-1])
+            return
+        most, start = block_rows(1, self.vectors.dim), 0
+        while start < len(queries):  # what several have among their candidates is read once
             stop = int(np.searchsorted(ends, ends[start] + most, side="right")) - 1
             stop = max(start + 1, stop)
             every = np.unique(np.concatenate([own.numbers for own in candidates[start:stop]]))
-            vectors = self.vectors.take(every, kernels)
+            vectors = self.vectors.take(every)
             for query, own in zip(queries[start:stop], candidates[start:stop], strict=True):
                 mine = vectors[np.searchsorted(every, own.numbers)].astype(np.float64)
-                yield _best(own.numbers, mine @ query, k)
+                yield mine @ query
             start = stop
 
 

@@ -23,6 +23,7 @@ from curate.workers import in_order
 Kind = Literal["steps", "totals"]
 Floats = npt.NDArray[np.float32]
 Numbers = npt.NDArray[np.int64]
+Doubles = npt.NDArray[np.float64]
 
 
 class PooledVectors:
@@ -45,13 +46,36 @@ class PooledVectors:
             out[:, : source.slots] += block.values * (root * block.scale)[:, :, None]
         return out
 
-    def take(self, numbers: Numbers, kernels: ModuleType | None = None) -> Floats:
-        """float32 (V, M); see `SketchRows.vectors`."""
+    def take(self, numbers: Numbers) -> Floats:
+        """float32 (V, M)."""
         out = np.zeros((len(numbers), self.dim), dtype=np.float32)
         rows, slots = np.divmod(numbers, self.slots)
         for root, source in zip(self.roots, self.sources, strict=True):
-            values, scale = source.vectors(rows, slots, kernels)
+            values, scale = source.vectors(rows, slots)
             out += values[:, 0] * (root * scale)
+        return out
+
+    def products(
+        self, numbers: Numbers, which: Numbers, queries: Doubles, kernels: ModuleType
+    ) -> Doubles:
+        """Inner products of some vectors, each with one of `queries` (Q, M), by a kernel.
+
+        Args:
+            which: the query of each.
+            kernels: `sdi.compiled.search`.
+        """
+        from sdi import team  # with torch, which other readers of rows do without
+
+        rows, slots = np.divmod(numbers, self.slots)
+        places = np.array([source.places(rows, slots) for source in self.sources])
+        values, scales = (np.ascontiguousarray(places[:, i]) for i in range(2))
+        roots = np.array(self.roots, dtype=np.float32)
+        queries = np.ascontiguousarray(queries, dtype=np.float64)
+        which = np.ascontiguousarray(which, dtype=np.int64)
+        vector, out = np.empty(self.dim, dtype=np.float32), np.empty(len(numbers))
+        arrays = (values, scales, roots, queries, which, vector, out)
+        job = 0, len(numbers), self.dim, len(roots), *(array.ctypes.data for array in arrays)
+        team.run(kernels.settled, job, 1)
         return out
 
     def norms(self) -> Floats:

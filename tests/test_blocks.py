@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
 
@@ -10,7 +11,6 @@ import pytest
 
 from curate import blocks
 from curate.blocks import SketchRows
-from sdi import team
 from sdi.shards import Shard
 
 DIM = 5
@@ -56,21 +56,26 @@ def test_taken_rows_are_those_that_are_read(
 
 
 @pytest.mark.parametrize("depths", [(1,), (0, 0), (3,), (1, 3), (2, 1, 3)])
-def test_a_kernel_takes_the_same(depths: tuple[int, ...]) -> None:
-    """Few rows or many, in any order, and none where a row has no such slot."""
-    kernels = team.kernels("search") if "avx2" in team.features() else None
-    if kernels is None:
-        pytest.skip("this processor looks up no bytes in tables, or numba is not installed")
+def test_places_lead_to_the_same(depths: tuple[int, ...]) -> None:
+    """What lies at an address is what is taken; there is none where a row has no such slot, or
+    there is no such row.
+    """
     rows = source(depths)
     for count in (0, 1, 40):
         wanted = np.random.default_rng(1).integers(0, rows.rows, count)
         slots = np.arange(count) % 4
-        expected = rows.vectors(wanted, slots)
-        for one, other in zip(rows.vectors(wanted, slots, kernels), expected, strict=True):
-            np.testing.assert_array_equal(one, other)
+        values, scales = rows.vectors(wanted, slots)
+        found = zip(values[:, 0], scales[:, 0], *rows.places(wanted, slots), strict=True)
+        for value, scale, place, scaled in found:
+            if place:
+                at = (ctypes.c_int8 * DIM).from_address(int(place))
+                assert list(at) == value.tolist()
+                assert ctypes.c_float.from_address(int(scaled)).value == scale
+            else:
+                assert not scaled and not value.any()
     for row in (-1, rows.rows):
         with pytest.raises(IndexError, match=f"of {rows.rows}"):
-            rows.vectors(np.array([0, row]), np.zeros(2, np.int64), kernels)
+            rows.places(np.array([0, row]), np.zeros(2, np.int64))
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,9 @@
-"""What a search asks of vectors in memory: first bits, products, rows.
+"""What a search asks of vectors in memory: first bits, products of codes, and of the sketches.
 
-The first bits of an index's vectors tell which may be among the best (`curate.bitplanes`). A byte
-holds four bits of one group of four entries of a vector and four of the next, and the same bytes of
-`LANES` vectors lie side by side. What the sixteen patterns of a group come to with a query is a
-table of sixteen bytes, and one instruction looks up as many vectors' as a register has bytes
-(André, Kermarrec & Le Scouarnec 2015). What still may be among the best is multiplied out.
+A search goes down the bands of an index, a piece of a band at a time. The first bits of a piece's
+vectors tell which may be among the best (`curate.bitplanes`, `sdi.compiled.lookups`), the codes of
+these, multiplied out, which still may, and what is known of them then settles how much of the next
+piece has to be read. What is left is multiplied with the sketches themselves.
 """
 
 from __future__ import annotations
@@ -13,12 +12,10 @@ from typing import Any
 
 import numba
 import numpy as np
-from llvmlite import ir
 from numba.core import types
-from numba.extending import intrinsic
 
-from sdi import team
-from sdi.compiled.instructions import PAGE, ask_row, called, cgutils, prefetch, spread
+from sdi.compiled.instructions import ask, ask_row
+from sdi.compiled.lookups import LANES, MOST_PAIRS, look_up, multiply
 from sdi.compiled.turns import LOOSE, carray, kernel, pointer
 
 BANDS, DIM, PLANES, STRIPES, LIKELY, ROOM, OFFSETS = range(1, 8)
@@ -48,18 +45,17 @@ CODED, QUERIES, BETWEEN, PRODUCTS, FACTORS, SIZES, FAR, LIMITS, HITS, REACHED = 
 next one's; addresses of int32 products, of float32 scales of the codes, of the sizes of the
 queries' numbers, how far off their products may be, and what they need; of int32, the number of
 each hit among all products; and of int64 (1,), how many there are."""
-ROWS, WIDTH, FROM, OUT = range(1, 5)
-"""Places in a job of `gathered`: how many rows; bytes of each; addresses of int64 (rows,), where
-each of them lies or 0, and of where they go, one after another."""
-LANES = 64
-"""Vectors of a block."""
-BIAS = OFFSET = 128
-_PAIRS = 128
-"""Of groups whose sums fit into 16 bits."""
+PAIRS, WIDTH, CHECKPOINTS, FROM, SCALED, ROOTS, SOUGHT, WHICH, VECTOR, OUT = range(1, 11)
+"""Places in a job of `settled`: how many pairs of a vector and a query; M; how many checkpoints;
+addresses of int64 (checkpoints, pairs) twice, where the int8 sketches lie, or 0, and their float32
+scales; of float32 (checkpoints,) what these are multiplied with; of float64 (queries, M), and of
+int64 (pairs,), which of these; of room, float32 (M,); and of the products, float64 (pairs,)."""
+OFFSET = 128
+"""What FAISS adds to a number to store it in a byte."""
 _FEW = 16
 """Vectors that are asked together whether any of them may be among the best."""
 _NEXT, _COMING = 4, 16
-"""How many rows ahead codes are asked for that are multiplied, and rows that are copied."""
+"""How many rows ahead codes are asked for that are multiplied, and sketches that are read."""
 PIECE = 2048
 """Vectors of a band that are gone through at once, in whole blocks."""
 _ROUNDED = 2.0**-16
@@ -69,111 +65,9 @@ _TINY = 1e-30
 _SCATTERED = 1.5
 """What reading the codes of a vector here and there costs more than reading them in a row."""
 
-_byte, _half, _word, _long = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 _longs, _words, _halves = pointer(types.int64), pointer(types.int32), pointer(types.int16)
 _floats, _doubles = pointer(types.float32), pointer(types.float64)
-_bytes = pointer(types.uint8)
-
-
-REGISTER = 64 if "avx512bw" in team.features() else 32
-"""Bytes of a register; a target without AVX2 would have none of what follows (`curate.bands`)."""
-_LOOK = {64: "llvm.x86.avx512.pshuf.b.512", 32: "llvm.x86.avx2.pshuf.b"}[REGISTER]
-
-
-def _vector(kind: Any, count: int) -> Any:
-    return ir.VectorType(kind, count)
-
-
-def _all(kind: Any, count: int, value: int) -> Any:
-    return ir.Constant(_vector(kind, count), [value] * count)
-
-
-def _read(builder: Any, place: Any, kind: Any, count: int) -> Any:
-    return builder.load(builder.inttoptr(place, _vector(kind, count).as_pointer()), align=1)
-
-
-def _shuffled(builder: Any, one: Any, other: Any, order: list[int]) -> Any:
-    return builder.shuffle_vector(one, other, ir.Constant(_vector(_word, len(order)), order))
-
-
-def _look_up(_context: Any, bits: Any, tables: Any, pairs: Any, sums: Any, weight: Any) -> Any:
-    """Add to the sums of a block's vectors what `pairs` of groups come to, times a weight.
-
-    Bytes are added up in 16 bits: all of a register as they lie, which leaves the upper ones in the
-    lower ones' sums, and the upper ones alone, which tell what that was.
-    """
-    shorts = REGISTER // 2
-
-    def generate(_context: Any, builder: Any, _signature: Any, given: Any) -> None:
-        bits, tables, pairs, sums, weight = given
-        zero = _all(_half, shorts, 0)
-        registers = range(LANES // REGISTER)
-        both = [cgutils.alloca_once_value(builder, zero) for _ in registers]
-        upper = [cgutils.alloca_once_value(builder, zero) for _ in registers]
-        with cgutils.for_range(builder, pairs, intp=_long) as loop:
-
-            def at(base: Any, size: int, offset: int = 0) -> Any:
-                moved = builder.mul(loop.index, ir.Constant(_long, size))
-                return builder.add(builder.add(base, moved), ir.Constant(_long, offset))
-
-            prefetch(builder, at(bits, LANES, PAGE))
-            wide = [number % 16 for number in range(REGISTER)]
-            small = [_read(builder, at(tables, 32, 16 * i), _byte, 16) for i in range(2)]
-            table = [_shuffled(builder, each, each, wide) for each in small]
-            low = _all(_byte, REGISTER, 15)
-            for number in registers:
-                read = _read(builder, at(bits, LANES, REGISTER * number), _half, shorts)
-                moved = builder.lshr(read, _all(_half, shorts, 4))
-                for part, values in zip((read, moved), table, strict=True):
-                    which = builder.and_(builder.bitcast(part, low.type), low)
-                    found = called(builder, _LOOK, low.type, values, which)
-                    added = builder.bitcast(found, zero.type)
-                    high = builder.lshr(added, _all(_half, shorts, 8))
-                    for total, more in ((both[number], added), (upper[number], high)):
-                        builder.store(builder.add(builder.load(total), more), total)
-        bias = builder.mul(pairs, ir.Constant(_long, 2 * BIAS))
-        for number in registers:
-            high = builder.load(upper[number])
-            over = builder.shl(high, _all(_half, shorts, 8))
-            lower = builder.sub(builder.load(both[number]), over)
-            order = [place for i in range(shorts) for place in (i, shorts + i)]
-            made = builder.zext(_shuffled(builder, lower, high, order), _vector(_word, REGISTER))
-            for value, function in ((bias, builder.sub), (weight, builder.mul)):
-                made = function(made, spread(builder, builder.trunc(value, _word), REGISTER))
-            place = builder.add(sums, ir.Constant(_long, 4 * REGISTER * number))
-            known = _read(builder, place, _word, REGISTER)
-            target = builder.inttoptr(place, made.type.as_pointer())
-            builder.store(builder.add(known, made), target, align=4)
-
-    return types.void(bits, tables, pairs, sums, weight), generate
-
-
-def _multiply(_context: Any, codes: Any, whole: Any, dim: Any) -> Any:
-    """The product of uint8 codes and int16 numbers, 16 at a time."""
-
-    def generate(_context: Any, builder: Any, _signature: Any, given: Any) -> Any:
-        codes, whole, dim = given
-        total = cgutils.alloca_once_value(builder, _all(_word, 8, 0))
-        with cgutils.for_range(
-            builder, builder.lshr(dim, ir.Constant(_long, 4)), intp=_long
-        ) as loop:
-            place = builder.mul(loop.index, ir.Constant(_long, 16))
-            read = _read(builder, builder.add(codes, place), _byte, 16)
-            numbers = _read(builder, builder.add(whole, builder.add(place, place)), _half, 16)
-            wide = builder.zext(read, numbers.type)
-            made = called(builder, "llvm.x86.avx2.pmadd.wd", _vector(_word, 8), wide, numbers)
-            builder.store(builder.add(builder.load(total), made), total)
-        kept = builder.sext(builder.load(total), _vector(_long, 8))
-        sums = [builder.extract_element(kept, ir.Constant(_word, i)) for i in range(8)]
-        while len(sums) > 1:
-            sums = [builder.add(*pair) for pair in zip(sums[::2], sums[1::2], strict=True)]
-        return sums[0]
-
-    return types.int64(codes, whole, dim), generate
-
-
-look_up: Any = intrinsic(_look_up)  # numba fills in the contexts
-multiply: Any = intrinsic(_multiply)
+_signed = pointer(types.int8)
 
 
 @numba.njit
@@ -208,11 +102,11 @@ def _sum(job: Any, band: Any, levels: Any, start: Any, count: Any) -> None:
         place = band[BITS] + LANES * pairs * (blocks * stripe + first)
         tables = job[TABLES] + 32 * pairs * (stripe % job[STRIPES])
         for block in range((count + LANES - 1) // LANES):
-            for pair in range(0, pairs, _PAIRS):
+            for pair in range(0, pairs, MOST_PAIRS):
                 look_up(
                     place + LANES * (pairs * block + pair),
                     tables + 32 * pair,
-                    min(_PAIRS, pairs - pair),
+                    min(MOST_PAIRS, pairs - pair),
                     job[SUMS] + 4 * LANES * block,
                     weight,
                 )
@@ -336,22 +230,48 @@ def screened(address: Any) -> None:
     state[0], state[1], state[2] = found, number, first
 
 
+@numba.njit
+def _add(vector: Any, values: Any, factor: Any) -> None:
+    """Rounded as NumPy rounds it, so that a search finds the same without this."""
+    for i in range(vector.shape[0]):
+        vector[i] += np.float32(values[i]) * factor
+
+
+@numba.njit(fastmath=LOOSE)
+def _dot(vector: Any, query: Any) -> Any:
+    total = 0.0
+    for i in range(vector.shape[0]):
+        total += np.float64(vector[i]) * query[i]
+    return total
+
+
 @kernel
-def gathered(address: Any) -> None:
-    """Copy rows from all over memory; those that are nowhere are left out. A processor waits for
-    one after another unless it is asked for several.
+def settled(address: Any) -> None:
+    """See `curate.pooledvectors.PooledVectors.products`. Sketches lie all over memory; a processor
+    waits for one after another unless it is asked for several.
     """
     job = carray(address, (OUT + 1,), np.int64)
-    rows, width = job[ROWS], job[WIDTH]
-    places = carray(_longs(job[FROM]), (rows,))
-    for row in range(min(_COMING, rows)):
-        ask_row(places[row], width)
-    for row in range(rows):
-        if row + _COMING < rows:
-            ask_row(places[row + _COMING], width)
-        if places[row]:
-            source = carray(_bytes(places[row]), (width,))
-            carray(_bytes(job[OUT] + width * row), (width,))[:] = source
+    pairs, dim = job[PAIRS], job[WIDTH]
+    places = carray(_longs(job[FROM]), (job[CHECKPOINTS], pairs))
+    scaled = carray(_longs(job[SCALED]), (job[CHECKPOINTS], pairs))
+    roots = carray(_floats(job[ROOTS]), (job[CHECKPOINTS],))
+    which = carray(_longs(job[WHICH]), (pairs,))
+    vector = carray(_floats(job[VECTOR]), (dim,))
+    out = carray(_doubles(job[OUT]), (pairs,))
+    for pair in range(-_COMING, pairs):
+        for checkpoint in range(job[CHECKPOINTS]):
+            if pair + _COMING < pairs:
+                ask(scaled[checkpoint, pair + _COMING])
+                ask_row(places[checkpoint, pair + _COMING], dim)
+        if pair >= 0:
+            vector[:] = 0
+            for checkpoint in range(job[CHECKPOINTS]):
+                if places[checkpoint, pair]:
+                    values = carray(_signed(places[checkpoint, pair]), (dim,))
+                    scale = carray(_floats(scaled[checkpoint, pair]), (1,))[0]
+                    _add(vector, values, roots[checkpoint] * scale)
+            query = carray(_doubles(job[SOUGHT] + 8 * dim * which[pair]), (dim,))
+            out[pair] = _dot(vector, query)
 
 
 @numba.njit(fastmath=LOOSE)
