@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from curate import atomic
-from curate.bitplanes import ENDS, Planes, fits, write_planes
+from curate.bitplanes import AGAIN, ENDS, Planes, fits, write_planes
 from curate.errors import CurateError
 from curate.multiply import LARGEST, Operand, tiles_for
 from sdi import team
@@ -106,6 +106,9 @@ def write_bands(
         order: vector numbers, largest norm first, for each slot that is searched by itself.
         norms: of all vectors.
         take: float32 (V, M) of some vectors.
+
+    Raises:
+        CurateError: a vector is so long or so short that float32 cannot bound it.
     """
     bands: list[Band] = []
     numbers, scales = np.concatenate(order), []
@@ -119,6 +122,11 @@ def write_bands(
             scale, rest = _write(directory / name, values)
             lost = write_planes(directory / name, values) if fits(values.shape[1]) else []
             norm = float(norms[own[0]])
+            if not np.isfinite([norm, rest]).all():
+                raise CurateError(
+                    f"vectors of norm {norm:g} to {norms[own[-1]]:g} are beyond what float32 "
+                    "bounds; search these sketches without an index"
+                )
             bands.append(Band(name, norm, float(scale.max()), rest, start, size, slot, lost))
             scales.append(scale)
             first += size
@@ -150,7 +158,7 @@ class Bands:
     """The bands of one index, kept open.
 
     Attributes:
-        norm, scale, rest, lost: those of all bands, (B,) and (B, L).
+        norm, rest, lost: those of all bands, (B,) and (B, L).
 
     Args:
         directory: where they lie.
@@ -160,6 +168,7 @@ class Bands:
 
     Raises:
         OSError: a file is not there.
+        CurateError: one is not of these bands.
     """
 
     def __init__(
@@ -173,9 +182,17 @@ class Bands:
             for name in ("numbers", "scales", "norms")
         )
         self._faiss = load_faiss()
-        self.norm, self.scale, self.rest = (
-            np.array([getattr(band, name) for band in self.bands])
-            for name in ("norm", "scale", "rest")
+        count = sum(band.count for band in self.bands)
+        kinds = {"numbers": np.int64, "scales": np.float32, "norms": np.float32}
+        for name, kind in kinds.items():  # a kernel reads them by their addresses
+            found = getattr(self, name)
+            if (found.shape, found.dtype) != ((count,), kind):
+                raise CurateError(
+                    f"{directory / name}.npy holds {found.dtype} {found.shape}, expected "
+                    f"{np.dtype(kind)} ({count},); {AGAIN}"
+                )
+        self.norm, self.rest = (
+            np.array([getattr(band, name) for band in self.bands]) for name in ("norm", "rest")
         )
         self.lost = np.array([band.lost for band in self.bands])
         self._open: dict[str, Any] = {}
@@ -213,9 +230,10 @@ class Bands:
         with self._opening:
             if not self._told[first].any():
                 for number in range(first, min(last, first + _OPENED)):
-                    band = self.bands[number]
-                    made = Planes(self._path(band), self._codes(band), self._mapped(band))
-                    self._planes[number], self._told[number] = made, made.told
+                    if self._planes[number] is None:  # or a kernel may be reading in it
+                        band = self.bands[number]
+                        made = Planes(self._path(band), self._codes(band), self._mapped(band))
+                        self._planes[number], self._told[number] = made, made.told
             return self._told[first:last].copy()
 
     def reached(
@@ -274,7 +292,7 @@ class Bands:
             if (read.ntotal, read.d) != (band.count, self._dim):
                 raise CurateError(
                     f"{path} holds {read.ntotal} vectors of {read.d}, expected {band.count} of "
-                    f"{self._dim}; make it again with `curate index --overwrite`"
+                    f"{self._dim}; {AGAIN}"
                 )
             return self._open.setdefault(band.name, read)
         return self._open[band.name]

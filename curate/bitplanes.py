@@ -7,8 +7,8 @@ bits an entry, ⟨q, v⟩ ≤ g·⟨q, x⟩ + ‖q‖·‖e‖ (the vector-appro
 
 An entry's bits are its place among 16 equal cells, and the first plane has the first bit of each.
 A plane lies in four stripes, of a quarter of the entries each. At level ℓ a search has read the
-first ℓ stripes of all vectors of a band, and the gain g and the rest ‖e‖ of that level. The longer
-the vectors, the higher the level that pays. What passes is multiplied with the codes.
+first ℓ stripes of some vectors of a band, and the gain g and the rest ‖e‖ of that level. The longer
+these are, the higher the level that pays. What passes is multiplied with the codes.
 
 Letters: V vectors, M sketch dimension, B bands, L levels, T stretches of `LANES` vectors.
 """
@@ -32,7 +32,7 @@ Doubles = npt.NDArray[np.float64]
 Numbers = npt.NDArray[np.int64]
 PLANES, STRIPES = 4, 4
 LEVELS = PLANES * STRIPES
-_AGAIN = "make it again with `curate index --overwrite`"
+AGAIN = "make it again with `curate index --overwrite`"
 LANES = 64
 """Vectors whose bits lie side by side."""
 STEP = 32
@@ -47,6 +47,8 @@ _SUMS = 127
 """The largest sum of four whole numbers that fits into a byte, with or without a sign."""
 _SHORT, _WORDS = 2**15 - 1, 2**31 * 16 // (2 * 255) - 1
 """The largest whole number, and M times it, whose products with codes the kernel can add up."""
+_ROOM = 1 << 16
+"""Of how many finds there is room at least."""
 _PART = 256
 """Vectors that are worked on at once."""
 
@@ -139,13 +141,13 @@ class Planes:
             bits, bounds = (np.load(path.with_suffix(end), mmap_mode="r") for end in ENDS)
         except (OSError, ValueError, EOFError) as error:
             raise CurateError(
-                f"{path.with_suffix('')}: no bit planes ({error}); {_AGAIN}"
+                f"{path.with_suffix('')}: no bit planes ({error}); {AGAIN}"
             ) from error
         shapes = (PLANES, STRIPES, blocks, dim // STEP, LANES), (LEVELS, 2, blocks * LANES)
         if (bits.shape, bounds.shape) != shapes:
             raise CurateError(
                 f"{path.with_suffix('')}: bit planes of {bits.shape} and {bounds.shape}, expected "
-                f"{shapes[0]} and {shapes[1]}; {_AGAIN}"
+                f"{shapes[0]} and {shapes[1]}; {AGAIN}"
             )
         self._held = holder, codes, bits, bounds
         at_codes, at_bits, at_bounds = (array.ctypes.data for array in (codes, bits, bounds))
@@ -175,9 +177,6 @@ class Probe:
     with, so small that the sums over a group of four entries fit into bytes, and those that codes
     are multiplied with.
 
-    Attributes:
-        size, left: a query is size · w + δ, with w the second, and `left` = ‖δ‖.
-
     Args:
         unit: float64 (M,); or zeros.
     """
@@ -191,11 +190,10 @@ class Probe:
         self._length = float(np.linalg.norm(self._size * coarse))
         signs = 2 * (np.arange(16)[:, None] >> np.arange(4) & 1) - 1
         self._tables = (coarse.reshape(-1, 4) @ signs.T + _SUMS + 1).astype(np.uint8)
-        self.size = (float(np.abs(unit).max()) or 1.0) / min(_SHORT, _WORDS // len(unit))
-        self._whole = np.rint(unit / self.size).astype(np.int16)
-        self.left = float(np.linalg.norm(unit - self.size * self._whole))
-        there = float(unit.any())
-        reals = (self._size, self._length, self._left, self.size, self.left, there)
+        self._unit = (float(np.abs(unit).max()) or 1.0) / min(_SHORT, _WORDS // len(unit))
+        self._whole = np.rint(unit / self._unit).astype(np.int16)
+        self._rest = float(np.linalg.norm(unit - self._unit * self._whole))
+        reals = (self._size, self._length, self._left, self._unit, self._rest)
         self._reals = np.array(reals)
 
     def screen(
@@ -220,7 +218,7 @@ class Probe:
             best: (k,) the k largest lower bounds known so far, the smallest first; where there are
                 fewer, -∞. It is left with those known then.
         """
-        room = 2 * int(told[:, 3].max())
+        room = max(_ROOM, 2 * int(told[:, 3].max()))
         places, state = np.empty(room, dtype=np.int64), np.zeros(3, dtype=np.int64)
         low, high = np.empty(room), np.empty(room)
         work = np.empty((2, kernels.PIECE), dtype=np.int32)

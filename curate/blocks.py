@@ -49,7 +49,7 @@ class SketchRows:
         label: what to call them in an error.
 
     Raises:
-        CurateError: there are none, or they leave rows out.
+        CurateError: there are none, they leave rows out, or a shard is not what is listed.
     """
 
     def __init__(self, pieces: Sequence[tuple[int, int, Shard]], rows: int, label: str) -> None:
@@ -62,13 +62,21 @@ class SketchRows:
             raise CurateError(
                 f"{label}: sketches of {reached} of {rows} rows; run `curate sketch` first"
             )
+        dim = int(pieces[0][2].values.shape[-1])
+        for first, last, shard in pieces:  # a kernel reads them by their addresses
+            found = (shard.rows, int(shard.values.shape[-1]))
+            if found != (last - first, dim):
+                raise CurateError(
+                    f"{label}: the shard of rows {first} to {last} holds {found[0]} sketches of "
+                    f"M = {found[1]}, expected {last - first} of {dim}; run `curate sketch` again"
+                )
         self._pieces = list(pieces)
         self._starts = [first for first, _, _ in pieces]
         # Plain arrays over the same maps: indexing a memmap costs several times as much.
         self._plain = [self._whole(shard) for _, _, shard in pieces]
         self._asked = 0
         self.rows = rows
-        self.dim = int(pieces[0][2].values.shape[-1])
+        self.dim = dim
         self._widths = np.array([self._slots(shard) for _, _, shard in pieces])
         self.slots = int(self._widths.max())
 

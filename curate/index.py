@@ -42,6 +42,8 @@ from curate.rundir import RunDirectory, folder
 from curate.scratch import Progress
 
 Doubles = npt.NDArray[np.float64]
+_PAIRS = 1 << 18
+"""Candidates that are multiplied at once, some hundred bytes each."""
 
 
 @dataclass(frozen=True)
@@ -136,8 +138,9 @@ class Searcher:
             slot: of an untied model, the step to search.
 
         Raises:
-            UsageError: queries of another dimension, or that are not finite.
+            UsageError: queries of another dimension, or that are not finite; k below 1.
         """
+        _asked(k)
         exact = np.asarray(queries, dtype=np.float64)
         if exact.ndim != 2 or exact.shape[1] != self.vectors.dim:
             raise UsageError(f"queries are {exact.shape}; expected (Q, {self.vectors.dim})")
@@ -165,22 +168,28 @@ class Searcher:
         """Inner products of each query's candidates, with the sketches themselves."""
         ends = np.cumsum([0, *(len(own.numbers) for own in candidates)])
         kernels = self.bands.screens() if self.bands else None
-        if kernels is not None:
-            numbers = np.concatenate([own.numbers for own in candidates])
-            which = np.repeat(np.arange(len(queries)), np.diff(ends))
-            products = self.vectors.products(numbers, which, queries, kernels)
-            yield from np.split(products, ends[1:-1])
-            return
-        most, start = block_rows(1, self.vectors.dim), 0
-        while start < len(queries):  # what several have among their candidates is read once
+        most = _PAIRS if kernels else block_rows(1, self.vectors.dim)
+        start = 0
+        while start < len(queries):
             stop = int(np.searchsorted(ends, ends[start] + most, side="right")) - 1
             stop = max(start + 1, stop)
-            every = np.unique(np.concatenate([own.numbers for own in candidates[start:stop]]))
-            vectors = self.vectors.take(every)
-            for query, own in zip(queries[start:stop], candidates[start:stop], strict=True):
-                mine = vectors[np.searchsorted(every, own.numbers)].astype(np.float64)
-                yield mine @ query
+            numbers = np.concatenate([own.numbers for own in candidates[start:stop]])
+            which = np.repeat(np.arange(start, stop), np.diff(ends[start : stop + 1]))
+            if kernels:
+                products = self.vectors.products(numbers, which, queries, kernels)
+                yield from np.split(products, ends[start + 1 : stop] - ends[start])
+            else:  # what several have among their candidates is read once
+                every = np.unique(numbers)
+                vectors = self.vectors.take(every)
+                for query in range(start, stop):
+                    mine = vectors[np.searchsorted(every, numbers[which == query])]
+                    yield mine.astype(np.float64) @ queries[query]
             start = stop
+
+
+def _asked(k: int) -> None:
+    if k < 1:
+        raise UsageError(f"k is {k}; expected at least 1")
 
 
 def _bands(run: RunDirectory, set_name: str, kind: Kind, dim: int, many: bool) -> Bands | None:
@@ -251,10 +260,9 @@ def neighbours(
         such columns.
 
     Raises:
-        UsageError: no such set, row or step.
+        UsageError: no such set, row or step; k below 1.
     """
-    if k < 1:
-        raise UsageError(f"k is {k}; expected at least 1")
+    _asked(k)
     tied = run.manifest.tied
     if of == "totals" and not tied:
         raise UsageError("an untied model has no totals; search its steps")

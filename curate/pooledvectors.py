@@ -37,6 +37,8 @@ class PooledVectors:
         self.sources = [open_rows(run, set_name, name, kind) for name in weights]
         self.rows, self.dim = self.sources[0].rows, self.sources[0].dim
         self.slots = max(source.slots for source in self.sources)
+        if {source.dim for source in self.sources} != {self.dim}:
+            raise CurateError(f"{run.path}: checkpoints' sketches differ in M; sketch it anew")
 
     def rows_of(self, start: int, stop: int) -> Floats:
         """float32 (rows, U, M)."""

@@ -11,6 +11,7 @@ import pytest
 
 from curate import blocks
 from curate.blocks import SketchRows
+from curate.errors import CurateError
 from sdi.shards import Shard
 
 DIM = 5
@@ -76,6 +77,18 @@ def test_places_lead_to_the_same(depths: tuple[int, ...]) -> None:
     for row in (-1, rows.rows):
         with pytest.raises(IndexError, match=f"of {rows.rows}"):
             rows.places(np.array([0, row]), np.zeros(2, np.int64))
+
+
+def test_shards_that_are_not_what_is_listed() -> None:
+    """Too few rows, or of another dimension, are refused before anything reads beyond them."""
+    pieces = source((1, 1))._pieces
+    short = [pieces[0], (4, 9, pieces[1][2])]
+    with pytest.raises(CurateError, match="rows 4 to 9 holds 4 sketches of M = 5, expected 5 of 5"):
+        SketchRows(short, 9, "made")
+    other = pieces[1][2]
+    wide = Shard(np.zeros((4, 1, DIM + 1), np.int8), other.scale, other.norm)
+    with pytest.raises(CurateError, match="holds 4 sketches of M = 6, expected 4 of 5"):
+        SketchRows([pieces[0], (4, 8, wide)], 8, "made")
 
 
 @pytest.mark.parametrize(

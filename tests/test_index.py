@@ -252,7 +252,7 @@ def test_bounds_are_of_both_sides(
     whole = np.rint(unit / size)
     if many and queries == 1:
         probe = Probe(unit)
-        whole, size = probe._whole, probe.size
+        whole, size = probe._whole, probe._unit
     vectors = opposed(unit, whole, size).astype(np.float32)
     _, search, saw = went_down(tmp_path, vectors, np.arange(2), unit, queries, many)
     assert (saw == 2).all()
@@ -288,6 +288,30 @@ def test_queries_of_another_dimension(tmp_path: Path, use: bool, many: bool) -> 
             searcher.search(np.array([[1.0] * 64, [bad] * 64]), 5)
 
 
+@pytest.mark.parametrize("many", [False, True])
+@pytest.mark.parametrize("use", [False, True])
+def test_none_or_nothing_sought(tmp_path: Path, use: bool, many: bool) -> None:
+    """No queries find nothing; of a query at least one is sought."""
+    made = make(tmp_path / "run")
+    index.build_index(made.run)
+    searcher = index.Searcher(made.run, use_index=use, many=many)
+    assert searcher.search(np.empty((0, 64)), 5) == []
+    for k in (0, -1):
+        with pytest.raises(UsageError, match=f"k is {k}; expected at least 1"):
+            searcher.search(np.ones((1, 64)), k)
+
+
+def test_candidates_keep_the_largest_bounds() -> None:
+    """Which a search goes on with: as many as are sought, or as there may be."""
+    known = descent.Candidates(4)
+    assert known.largest(3).tolist() == [-np.inf] * 3
+    known = known.with_more(np.arange(3), np.array([2.0, 0, 1]), np.full(3, 9.0))
+    assert known.largest(10).tolist() == [-np.inf, 0, 1, 2] and known.least == -np.inf
+    known = known.with_more(np.arange(3, 6), np.array([5.0, 3, -1]), np.full(3, 9.0))
+    assert known.largest(10).tolist() == [1, 2, 3, 5] and known.least == 1
+    assert known.largest(2).tolist() == [3, 5]
+
+
 def test_totals_answer_with_influence(tmp_path: Path) -> None:
     """The index of totals gives the rows with the largest SDI_t."""
     made = make(tmp_path / "run")
@@ -297,14 +321,15 @@ def test_totals_answer_with_influence(tmp_path: Path) -> None:
     assert found["row"].to_list() == np.argsort(-scores)[:5].tolist()
 
 
-def test_bound_skips_bands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("many", [False, True])
+def test_bound_skips_bands(tmp_path: Path, many: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """With norms of heavy tails a search ends before the last band, and says how much it read."""
     monkeypatch.setattr(bands, "BAND_BYTES", 20 * 64 * 4)
     made = make(tmp_path / "run", rows=200)
     index.build_index(made.run)
     query = pooled(made, "train")[:, 3]
     target = query[np.linalg.norm(query, axis=1).argmax()]
-    found = index.search(made.run, target, 1)
+    found = index.Searcher(made.run, many=many).search(target[None], 1)[0]
     assert 0 < found.scanned < 0.5
 
 

@@ -25,7 +25,7 @@ TOLD, RESTS, LOST, SCALES, NORMS, REALS, TABLES, WHOLE = range(8, 16)
 """Addresses of int64 (bands, 5) as below; of float64 (bands,), how far off a product with codes may
 be for a query of norm one; of float64 (bands, planes · stripes), the mean of ‖e‖ / ‖v‖ at each
 level; of float32, the scale and the norm of each vector of these bands, the longest first; of
-float64 (6,) as below; of uint8 tables (M / 4, 16) with `BIAS` added; and of the query in whole
+float64 (5,) as below; of uint8 tables (M / 4, 16) with `BIAS` added; and of the query in whole
 numbers, int16 (M,)."""
 SUMS, PASSED, BEST, PLACES, LOW, HIGH, STATE = range(16, 23)
 """Addresses of room: int32, a sum and a place for each vector of `PIECE`; of float64 (k,), the
@@ -36,10 +36,10 @@ BITS, GAINS, CODES, COUNT, APART = range(5)
 """Of a band: addresses of its bits, (planes, stripes, blocks, M / 8 / stripes, LANES) bytes, of the
 float32 gains and rests of all levels, in whole blocks, and of its codes, uint8 (count, M) with
 `OFFSET` added; how many vectors; bytes of a level's gains. Zeros where it is not open."""
-SIZE, LENGTH, SHORT, UNIT, LEFT, THERE, LAST = range(7)
+SIZE, LENGTH, SHORT, UNIT, LEFT = range(5)
 """Of a query of norm one: what a sum of the tables has to be multiplied with; the norm of what the
 tables are of, and of what they leave of the query; what the whole numbers have to be multiplied
-with, and the norm of what they leave of it; 0 where it is no query but zero, or else 1."""
+with, and the norm of what they leave of it."""
 CODED, QUERIES, BETWEEN, PRODUCTS, FACTORS, SIZES, FAR, LIMITS, HITS, REACHED = range(1, 11)
 """Places in a job of `reached`: how many codes and queries; numbers from one code's products to the
 next one's; addresses of int32 products, of float32 scales of the codes, of the sizes of the
@@ -57,7 +57,8 @@ _FEW = 16
 _NEXT, _COMING = 4, 16
 """How many rows ahead codes are asked for that are multiplied, and sketches that are read."""
 PIECE = 2048
-"""Vectors of a band that are gone through at once, in whole blocks."""
+"""Vectors of a band that are gone through at once."""
+assert PIECE % LANES == 0 and LANES % _FEW == 0
 _ROUNDED = 2.0**-16
 """More than float32 rounds off a bound, of the product of both norms."""
 _TINY = 1e-30
@@ -171,7 +172,7 @@ def _found(job: Any, band: Any, rest: Any, lost: Any, first: Any, start: Any, fo
     what was found before; how many there are then.
     """
     dim, count = job[DIM], min(PIECE, band[COUNT] - start)
-    reals = carray(_doubles(job[REALS]), (LAST,))
+    reals = carray(_doubles(job[REALS]), (LEFT + 1,))
     best = carray(_doubles(job[BEST]), (job[LIKELY],))
     scales = carray(_floats(job[SCALES]), (first + start + count,))
     norms = carray(_floats(job[NORMS]), (first + start + count,))
@@ -181,11 +182,10 @@ def _found(job: Any, band: Any, rest: Any, lost: Any, first: Any, start: Any, fo
     passed = carray(_words(job[PASSED]), (PIECE,))
     norm = np.float64(norms[first + start])
     need, levels = best[0] - (reals[SHORT] + _ROUNDED) * norm, 0
-    if 0 < best[0] < np.inf and norm > _TINY:
+    if norm > _TINY:
         levels = level(lost, need / norm, dim, dim // (8 * job[STRIPES]))
-    wanted = np.float32(need - abs(need) * _ROUNDED)
     codes, offset = band[CODES] + dim * start, job[OFFSETS]
-    hits = _passed(job, band, reals, levels, start, count, wanted, passed)
+    hits = _passed(job, band, reals, levels, start, count, np.float32(need), passed)
     for hit in range(hits):
         place = passed[hit]
         if hit + _NEXT < hits:
@@ -211,7 +211,6 @@ def screened(address: Any) -> None:
     rests = carray(_doubles(job[RESTS]), (bands,))
     lost = carray(_doubles(job[LOST]), (bands, job[PLANES] * job[STRIPES]))
     best = carray(_doubles(job[BEST]), (job[LIKELY],))
-    there = carray(_doubles(job[REALS]), (LAST,))[THERE]
     whole = carray(_halves(job[WHOLE]), (dim,))
     job[OFFSETS] = 0
     for i in range(dim):
@@ -221,7 +220,7 @@ def screened(address: Any) -> None:
         band = told[number]
         norms = carray(_floats(job[NORMS]), (first + band[COUNT],))
         start = 0
-        while start < band[COUNT] and not best[0] >= there * norms[first + start]:
+        while start < band[COUNT] and not best[0] >= norms[first + start]:
             found = _found(job, band, rests[number], lost[number], first, start, found)
             start = min(start + PIECE, band[COUNT])
         first += start

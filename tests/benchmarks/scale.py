@@ -282,9 +282,9 @@ CHILDREN: dict[str, Callable[[Path], Iterator[Line]]] = {
 
 def prepare(folder: Path, rows: int, dim: int) -> Path:
     """The generated run, made where it is not there; enough room is asked for first."""
-    from tests.benchmarks.scaledata import make
+    from tests.benchmarks.scaledata import VERSION, make
 
-    path = folder / f"rows{rows}-m{dim}"
+    path = folder / f"rows{rows}-m{dim}-v{VERSION}"
     if not path.exists():
         needed = 5 * rows * dim // 2 + 2000 * rows  # sketches, codes, bit planes; tables
         free = shutil.disk_usage(folder).free

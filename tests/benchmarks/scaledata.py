@@ -37,6 +37,8 @@ TOPICS = 8
 QUERIES, STEPS = 64, 8
 SHARD_ROWS = 2048
 CHECKPOINT = "last"
+VERSION = 2
+"""Of what is generated."""
 DEVIATION = 44.0
 """Of the noise, in int8 units: the largest that `_rows` draws is then 127."""
 
