@@ -108,10 +108,16 @@ def write_bands(
         take: float32 (V, M) of some vectors.
 
     Raises:
-        CurateError: a vector is so long or so short that float32 cannot bound it.
+        CurateError: a norm is infinite.
     """
     bands: list[Band] = []
     numbers, scales = np.concatenate(order), []
+    long = np.flatnonzero(np.isinf(norms))
+    if len(long):
+        raise CurateError(
+            f"{len(long)} vectors, number {long[0]} the first, are longer than float32 can say; "
+            "search them without an index"
+        )
     for slot, members in enumerate(order):
         first = 0
         for size in sizes(len(members), take(members[:1]).shape[1]):
@@ -122,11 +128,6 @@ def write_bands(
             scale, rest = _write(directory / name, values)
             lost = write_planes(directory / name, values) if fits(values.shape[1]) else []
             norm = float(norms[own[0]])
-            if not np.isfinite([norm, rest]).all():
-                raise CurateError(
-                    f"vectors of norm {norm:g} to {norms[own[-1]]:g} are beyond what float32 "
-                    "bounds; search these sketches without an index"
-                )
             bands.append(Band(name, norm, float(scale.max()), rest, start, size, slot, lost))
             scales.append(scale)
             first += size
@@ -144,6 +145,7 @@ def _write(path: Path, values: Floats) -> tuple[Floats, float]:
 
     faiss = load_faiss()
     codes, scale = quantize(values)
+    scale = np.where(scale > 0, scale, np.finfo(np.float32).tiny)  # 0 where it is too small to say
     exact = codes.astype(np.float32)
     rest = float(np.linalg.norm(values / scale[:, None] - exact, axis=1).max())
     kind = faiss.ScalarQuantizer.QT_8bit_direct_signed

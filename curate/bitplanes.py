@@ -48,7 +48,7 @@ _SUMS = 127
 _SHORT, _WORDS = 2**15 - 1, 2**31 * 16 // (2 * 255) - 1
 """The largest whole number, and M times it, whose products with codes the kernel can add up."""
 _ROOM = 1 << 16
-"""Of how many finds there is room at least."""
+"""Of how many finds there is room at least, so that small bands do not end a call early."""
 _PART = 256
 """Vectors that are worked on at once."""
 
@@ -144,10 +144,11 @@ class Planes:
                 f"{path.with_suffix('')}: no bit planes ({error}); {AGAIN}"
             ) from error
         shapes = (PLANES, STRIPES, blocks, dim // STEP, LANES), (LEVELS, 2, blocks * LANES)
-        if (bits.shape, bounds.shape) != shapes:
+        expected = [(np.dtype(kind), shape) for kind, shape in zip("Bf", shapes, strict=True)]
+        found = [(array.dtype, array.shape) for array in (bits, bounds)]
+        if found != expected:
             raise CurateError(
-                f"{path.with_suffix('')}: bit planes of {bits.shape} and {bounds.shape}, expected "
-                f"{shapes[0]} and {shapes[1]}; {AGAIN}"
+                f"{path.with_suffix('')}: bit planes of {found}, expected {expected}; {AGAIN}"
             )
         self._held = holder, codes, bits, bounds
         at_codes, at_bits, at_bounds = (array.ctypes.data for array in (codes, bits, bounds))
@@ -175,7 +176,8 @@ class Screened:
 class Probe:
     """A query of norm one as the kernel takes it, twice in whole numbers: those that bits are asked
     with, so small that the sums over a group of four entries fit into bytes, and those that codes
-    are multiplied with.
+    are multiplied with: `_size` and `_step` times these are the query but for what has the norms
+    `_short` and `_left`.
 
     Args:
         unit: float64 (M,); or zeros.
@@ -186,14 +188,14 @@ class Probe:
         # Four entries are rounded up by no more than 2 in all.
         self._size = (float(groups.max()) or 1.0) / (_SUMS - 2)
         coarse = np.rint(unit / self._size)
-        self._left = float(np.linalg.norm(unit - self._size * coarse))
+        self._short = float(np.linalg.norm(unit - self._size * coarse))
         self._length = float(np.linalg.norm(self._size * coarse))
         signs = 2 * (np.arange(16)[:, None] >> np.arange(4) & 1) - 1
         self._tables = (coarse.reshape(-1, 4) @ signs.T + _SUMS + 1).astype(np.uint8)
-        self._unit = (float(np.abs(unit).max()) or 1.0) / min(_SHORT, _WORDS // len(unit))
-        self._whole = np.rint(unit / self._unit).astype(np.int16)
-        self._rest = float(np.linalg.norm(unit - self._unit * self._whole))
-        reals = (self._size, self._length, self._left, self._unit, self._rest)
+        self._step = (float(np.abs(unit).max()) or 1.0) / min(_SHORT, _WORDS // len(unit))
+        self._whole = np.rint(unit / self._step).astype(np.int16)
+        self._left = float(np.linalg.norm(unit - self._step * self._whole))
+        reals = (self._size, self._length, self._short, self._step, self._left)
         self._reals = np.array(reals)
 
     def screen(

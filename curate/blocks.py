@@ -68,7 +68,8 @@ class SketchRows:
             if found != (last - first, dim):
                 raise CurateError(
                     f"{label}: the shard of rows {first} to {last} holds {found[0]} sketches of "
-                    f"M = {found[1]}, expected {last - first} of {dim}; run `curate sketch` again"
+                    f"M = {found[1]}, expected {last - first} of {dim}; remove the shard from the "
+                    "manifest and sketch these rows again"
                 )
         self._pieces = list(pieces)
         self._starts = [first for first, _, _ in pieces]

@@ -22,7 +22,7 @@ Letters: N rows, τ steps, U slots, V vectors, Q queries, M sketch dimension.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -34,7 +34,7 @@ import polars as pl
 
 from curate.bands import Bands, load_faiss, write_bands
 from curate.blocks import block_rows, spans
-from curate.descent import Candidates, Descent
+from curate.descent import Descent
 from curate.errors import CurateError, UsageError
 from curate.manifest import index_digest
 from curate.pooledvectors import Kind, Numbers, PooledVectors
@@ -42,8 +42,6 @@ from curate.rundir import RunDirectory, folder
 from curate.scratch import Progress
 
 Doubles = npt.NDArray[np.float64]
-_PAIRS = 1 << 18
-"""Candidates that are multiplied at once, some hundred bytes each."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,7 @@ def build_index(
         wanted = made_of if kinds is None else kinds
         entry = run.manifest.indexes.get(set_name)
         fresh = bool(entry and entry["digest"] == digest)
-        if entry and fresh and not overwrite and set(wanted) <= set(entry):
+        if entry and not overwrite and all(_opens(run, set_name, kind) for kind in wanted):
             return entry
         home = run.index_directory / folder(set_name)
         made: dict[str, Any] = {**(entry or {})} if fresh else {"digest": digest, "set": set_name}
@@ -111,6 +109,9 @@ def _build(
 class Searcher:
     """Searches of one set, with its sketches and its index kept open in between.
 
+    Attributes:
+        bands: the index; None where there is none to use, and `without` says why.
+
     Args:
         use_index: False for the plain product.
         many: whether hundreds of searches follow, for which a kernel is loaded at once; otherwise
@@ -127,9 +128,12 @@ class Searcher:
         many: bool = False,
     ) -> None:
         self.vectors = PooledVectors(run, set_name, kind)
-        self.bands = None
+        self.bands, self.without = None, "told to use no index"
         if use_index:
-            self.bands = _bands(run, set_name, kind, self.vectors.dim, many)
+            try:
+                self.bands = _bands(run, set_name, kind, self.vectors.dim, many=many)
+            except CurateError as error:
+                self.without = str(error)
 
     def search(self, queries: npt.NDArray[Any], k: int, *, slot: int | None = None) -> list[Found]:
         """For each of `queries` (Q, M) the k vectors with the largest inner product.
@@ -140,7 +144,7 @@ class Searcher:
         Raises:
             UsageError: queries of another dimension, or that are not finite; k below 1.
         """
-        _asked(k)
+        _refuse_none(k)
         exact = np.asarray(queries, dtype=np.float64)
         if exact.ndim != 2 or exact.shape[1] != self.vectors.dim:
             raise UsageError(f"queries are {exact.shape}; expected (Q, {self.vectors.dim})")
@@ -157,50 +161,48 @@ class Searcher:
                 seen += descent.down(first, first + len(bands))
                 of += sum(band.count for band in bands)
             first += len(bands)
-        found = self._products(exact, descent.candidates)
-        parts = zip(descent.candidates, found, seen, strict=True)
+        known = descent.candidates
+        counts = np.array([len(own.numbers) for own in known], dtype=np.int64)
+        products = self.vectors.products(
+            np.concatenate([np.empty(0, dtype=np.int64), *(own.numbers for own in known)]),
+            np.repeat(np.arange(len(known)), counts),
+            exact,
+            self.bands.screens(),
+        )
+        scores = np.split(products, np.cumsum(counts))[:-1]
+        parts = zip(known, scores, seen, strict=True)
         return [
-            Found(*_best(known.numbers, scores, k), count / max(1, of))
-            for known, scores, count in parts
+            Found(*_best(own.numbers, score, k), count / max(1, of)) for own, score, count in parts
         ]
 
-    def _products(self, queries: Doubles, candidates: Sequence[Candidates]) -> Iterator[Doubles]:
-        """Inner products of each query's candidates, with the sketches themselves."""
-        ends = np.cumsum([0, *(len(own.numbers) for own in candidates)])
-        kernels = self.bands.screens() if self.bands else None
-        most = _PAIRS if kernels else block_rows(1, self.vectors.dim)
-        start = 0
-        while start < len(queries):
-            stop = int(np.searchsorted(ends, ends[start] + most, side="right")) - 1
-            stop = max(start + 1, stop)
-            numbers = np.concatenate([own.numbers for own in candidates[start:stop]])
-            which = np.repeat(np.arange(start, stop), np.diff(ends[start : stop + 1]))
-            if kernels:
-                products = self.vectors.products(numbers, which, queries, kernels)
-                yield from np.split(products, ends[start + 1 : stop] - ends[start])
-            else:  # what several have among their candidates is read once
-                every = np.unique(numbers)
-                vectors = self.vectors.take(every)
-                for query in range(start, stop):
-                    mine = vectors[np.searchsorted(every, numbers[which == query])]
-                    yield mine.astype(np.float64) @ queries[query]
-            start = stop
 
-
-def _asked(k: int) -> None:
+def _refuse_none(k: int) -> None:
     if k < 1:
         raise UsageError(f"k is {k}; expected at least 1")
 
 
-def _bands(run: RunDirectory, set_name: str, kind: Kind, dim: int, many: bool) -> Bands | None:
-    """The index of a set; None where there is none, it is out of date, or cannot be read."""
+def _bands(run: RunDirectory, set_name: str, kind: Kind, dim: int, *, many: bool = False) -> Bands:
+    """The index of a set.
+
+    Raises:
+        CurateError: there is none, it is out of date, or cannot be read.
+    """
     entry = run.manifest.indexes.get(set_name)
-    if not entry or kind not in entry or entry["digest"] != index_digest(run.manifest, set_name):
-        return None
+    if not entry or kind not in entry:
+        raise CurateError(f"no index of the {kind} of {set_name!r} (`curate index` makes one)")
+    if entry["digest"] != index_digest(run.manifest, set_name):
+        raise CurateError(f"the index of {set_name!r} is out of date (`curate index` renews it)")
     try:
         return Bands(run.path / entry[kind]["path"], entry[kind]["bands"], dim, many=many)
-    except (CurateError, OSError, ValueError, EOFError):  # of NumPy, where a file was cut short
-        return None
+    except (OSError, ValueError, EOFError) as error:  # of NumPy, where a file was cut short
+        raise CurateError(
+            f"the index of {set_name!r} cannot be read ({error}; `curate index` makes it again)"
+        ) from error
+
+
+def _opens(run: RunDirectory, set_name: str, kind: Kind) -> bool:
+    """Whether there is an index of what the sketches are now, and its files are whole."""
+    return Searcher(run, set_name, kind).bands is not None
 
 
 def search(
@@ -248,12 +250,14 @@ def neighbours(
     set_name: str = "train",
     of: Kind = "steps",
     use_index: bool = True,
+    log: Callable[[str], object] | None = None,
 ) -> pl.DataFrame:
     """The k (row, step) with the largest M_{s,t} with one row at one step.
 
     Args:
         query: the set that `row` is of; by default the indexed set, and the row itself is left out.
         of: ``steps``, or ``totals`` for the k rows with the largest SDI_t (tied models).
+        log: is told how much of the set was looked at.
 
     Returns:
         rank, row, step (unless `of` is totals), score, then id, source and text where there are
@@ -262,7 +266,7 @@ def neighbours(
     Raises:
         UsageError: no such set, row or step; k below 1.
     """
-    _asked(k)
+    _refuse_none(k)
     tied = run.manifest.tied
     if of == "totals" and not tied:
         raise UsageError("an untied model has no totals; search its steps")
@@ -272,6 +276,11 @@ def neighbours(
     own = query in (None, set_name)
     more = k + (slots if own else 0)
     found = searcher.search(vector[None], more, slot=None if tied else step - 1)[0]
+    if log:
+        how = "by the index" if searcher.bands else searcher.without
+        log(
+            f"{how}: looked at {found.scanned:.1%} of the vectors of {searcher.vectors.rows:,} rows"
+        )
     keep = np.flatnonzero((found.numbers // slots != row) | (not own))[:k]
     data: dict[str, Any] = {"row": found.numbers[keep] // slots}
     if of == "steps":

@@ -24,10 +24,16 @@ Kind = Literal["steps", "totals"]
 Floats = npt.NDArray[np.float32]
 Numbers = npt.NDArray[np.int64]
 Doubles = npt.NDArray[np.float64]
+_PAIRS = 1 << 18
+"""Products that a kernel makes at once; what it is told of each takes some hundred bytes."""
 
 
 class PooledVectors:
-    """Σ_k √η_k · sketch_k of one set; vector number v is slot v mod U of row v // U."""
+    """Σ_k √η_k · sketch_k of one set; vector number v is slot v mod U of row v // U.
+
+    Raises:
+        CurateError: sketches are missing, or not of one dimension.
+    """
 
     def __init__(self, run: RunDirectory, set_name: str, kind: Kind) -> None:
         weights = {name: eta for name, eta in run.manifest.weights.items() if eta > 0}
@@ -37,8 +43,12 @@ class PooledVectors:
         self.sources = [open_rows(run, set_name, name, kind) for name in weights]
         self.rows, self.dim = self.sources[0].rows, self.sources[0].dim
         self.slots = max(source.slots for source in self.sources)
-        if {source.dim for source in self.sources} != {self.dim}:
-            raise CurateError(f"{run.path}: checkpoints' sketches differ in M; sketch it anew")
+        dims = {name: own.dim for name, own in zip(weights, self.sources, strict=True)}
+        if set(dims.values()) != {self.dim}:
+            raise CurateError(
+                f"{run.path}: sketches of {set_name!r} have M = {dims} at its checkpoints, "
+                "expected the same at each; sketch them into a new run"
+            )
 
     def rows_of(self, start: int, stop: int) -> Floats:
         """float32 (rows, U, M)."""
@@ -58,14 +68,32 @@ class PooledVectors:
         return out
 
     def products(
-        self, numbers: Numbers, which: Numbers, queries: Doubles, kernels: ModuleType
+        self, numbers: Numbers, which: Numbers, queries: Doubles, kernels: ModuleType | None = None
     ) -> Doubles:
-        """Inner products of some vectors, each with one of `queries` (Q, M), by a kernel.
+        """Inner products of some vectors, each with one of `queries` (Q, M), in float64.
 
         Args:
-            which: the query of each.
-            kernels: `sdi.compiled.search`.
+            which: the query of each, in ascending order.
+            kernels: `sdi.compiled.search`, which reads the sketches where they lie.
         """
+        out = np.empty(len(numbers))
+        most = _PAIRS if kernels is not None else block_rows(1, self.dim)
+        for start, stop in spans(0, len(numbers), most):
+            some, own = numbers[start:stop], which[start:stop]
+            if kernels is not None:
+                out[start:stop] = self._settled(some, own, queries, kernels)
+            else:
+                every = np.unique(some)  # what several queries ask for is read once
+                vectors = self.take(every)
+                for query in np.unique(own):
+                    mine = vectors[np.searchsorted(every, some[own == query])].astype(np.float64)
+                    out[start:stop][own == query] = mine @ queries[query]
+        return out
+
+    def _settled(
+        self, numbers: Numbers, which: Numbers, queries: Doubles, kernels: ModuleType
+    ) -> Doubles:
+        """`products` by a kernel."""
         from sdi import team  # with torch, which other readers of rows do without
 
         rows, slots = np.divmod(numbers, self.slots)
@@ -86,7 +114,8 @@ class PooledVectors:
         def work(start: int, stop: int) -> Floats:
             squares = np.square(self.rows_of(start, stop), dtype=np.float64)
             norms = np.sqrt(squares.sum(axis=2)).ravel()
-            above = np.nextafter(norms.astype(np.float32), np.float32(np.inf))
+            with np.errstate(over="ignore"):
+                above = np.nextafter(norms.astype(np.float32), np.float32(np.inf))
             return np.where(norms > 0, above, np.float32(0))
 
         blocks = spans(0, self.rows, block_rows(self.slots, self.dim))

@@ -83,7 +83,14 @@ def build_run_index(path: Path, set_name: str, *, overwrite: bool, console: Cons
 
 
 def nearest_rows(
-    path: Path, *, row: int | None, row_id: str | None, step: int, k: int, query: str | None
+    path: Path,
+    *,
+    row: int | None,
+    row_id: str | None,
+    step: int,
+    k: int,
+    query: str | None,
+    console: Console,
 ) -> pl.DataFrame:
     """The k (row, step) with the largest M to one row, given by number or by id, at one step."""
     from curate.index import neighbours
@@ -94,7 +101,7 @@ def nearest_rows(
         if row_id not in ids:
             raise UsageError(f"set {query or 'train'!r} has no row with the id {row_id!r}")
         row = ids.index(row_id)
-    return neighbours(run, row=row, step=step, k=k, query=query)
+    return neighbours(run, row=row, step=step, k=k, query=query, log=console.log)
 
 
 # -- rank, filter, reweight, export ---------------------------------------------------------------

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from curate import bands, bitplanes, index
+from curate import bands, bitplanes, index, pooledvectors
 from curate.bitplanes import LEVELS, PLANES, STRIPES, Planes, Probe
 from curate.descent import Descent
 from curate.errors import CurateError
@@ -103,7 +103,7 @@ def test_what_passes(
     query = query_of(dim)
     probe = Probe(query)
     whole = probe._whole.astype(np.int64)
-    assert np.linalg.norm(query - whole * probe._unit) <= probe._rest < 1e-3
+    assert np.linalg.norm(query - whole * probe._step) <= probe._left < 1e-3
     held, values, codes = [], [], []
     for number, count in enumerate(counts):
         values.append(vectors_of(kind, count, dim))
@@ -114,11 +114,12 @@ def test_what_passes(
     told = np.array([planes.told for planes in held])
     exact = np.concatenate(values).astype(np.float64) @ query
     longest = max(np.linalg.norm(own.astype(np.float64), axis=1).max() for own in values)
-    norms = (longest * np.linspace(1.5, 1.1, len(exact))).astype(np.float32)  # as if by norm
+    norms = (longest * np.linspace(1.5, 1.1, len(exact))).astype(np.float32)  # falling, as in bands
     pieces = [np.arange(count) // kernels.PIECE * kernels.PIECE for count in counts]
     starts = np.repeat(np.cumsum([0, *counts[:-1]]), counts)
     most = norms[starts + np.concatenate(pieces)].astype(np.float64)
     mixed = np.random.default_rng(1).uniform(0.5, 1, len(exact))
+    mixed[0] = 1
     dots = (np.concatenate(codes).astype(np.int64) - 128) @ whole
     coarse = np.rint(query / probe._size) * probe._size
     rests = np.linspace(0, 0.5, len(counts))
@@ -134,22 +135,23 @@ def test_what_passes(
             bounds = np.concatenate(pictures) @ coarse + rest * probe._length
         for share in (0.2, 0.7, 0.99):
             least = float(np.quantile(np.abs(exact), share))
-            useful = max(1.0, float(np.quantile(dots, 1 - share)) * probe._unit)
+            useful = max(1.0, float(np.quantile(dots, 1 - share)) * probe._step)
             scales = (mixed * least / useful).astype(np.float32)
             best = np.full(len(exact) + 1, least)
             lost = always(level, len(counts))
             found = probe.screen(kernels, told, rests, lost, scales, norms, best)
             assert (found.bands, found.seen) == (len(counts), len(exact)) and best[0] == least
-            products = dots * probe._unit * scales.astype(np.float64)
-            off = np.repeat(rests, counts) * (1 + probe._rest) * scales
-            off = off + probe._rest * norms.astype(np.float64)
+            products = dots * probe._step * scales.astype(np.float64)
+            off = np.repeat(rests, counts) * (1 + probe._left) * scales
+            off = off + probe._left * norms.astype(np.float64)
             np.testing.assert_allclose(found.low, (products - off)[found.places], rtol=1e-9)
             np.testing.assert_allclose(found.high, (products + off)[found.places], rtol=1e-9)
             assert np.sort(best)[len(best) - len(found.low) :] == pytest.approx(
                 np.sort(np.maximum(found.low, least))
             )
-            need, slack = least - probe._left * most, 3e-5 * most
+            need, slack = least - probe._short * most, 3e-5 * most
             wanted = products + off >= least
+            assert wanted.any()
             passed = np.zeros(len(exact), dtype=bool)
             passed[found.places] = True
             assert passed[wanted & (exact >= least)].all()
@@ -180,26 +182,32 @@ def test_a_search_ends_within_a_band(
 
 @pytest.mark.parametrize("level", [0, 1, 3, 8, LEVELS])
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("opened", [1, 3, 100])
+@pytest.mark.parametrize(
+    ("opened", "room", "pairs"), [(1, 0, 100), (3, 1 << 16, 7), (100, 0, 1 << 18)]
+)
 def test_searches_find_the_same(
     level: int,
     tied: bool,
     opened: int,
+    room: int,
+    pairs: int,
     tmp_path: Path,
     kernels: ModuleType,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Whatever level is read, and however many bands are open, a search finds what the plain
-    product finds.
+    """Whatever level is read, and however many bands are open, finds there is room for and products
+    are made at once, a search finds what the plain product finds.
     """
     monkeypatch.setattr(bands, "BAND_BYTES", 40 * 64 * 4)
     monkeypatch.setattr(bands, "_OPENED", opened)
-    passed: list[int] = []
+    monkeypatch.setattr(bitplanes, "_ROOM", room)
+    monkeypatch.setattr(pooledvectors, "_PAIRS", pairs)
+    calls: list[int] = []
     screen = Probe.screen
 
     def seen(*given: Any) -> Any:
         found = screen(*given)
-        passed.append(len(found.places))
+        calls.append(found.bands)
         return found
 
     monkeypatch.setattr(Probe, "screen", seen)
@@ -216,17 +224,19 @@ def test_searches_find_the_same(
         searcher.bands.lost = always(level, len(searcher.bands.bands))
         with_planes = searcher.search(queries, k, slot=slot)
         plain = index.Searcher(made.run, use_index=False).search(queries, k, slot=slot)
-        for one, other in zip(with_planes[:3], plain, strict=False):
+        for one, other in zip(with_planes, plain, strict=True):
             assert one.numbers.tolist() == other.numbers.tolist()
             np.testing.assert_allclose(one.scores, other.scores, rtol=1e-6)
-    assert passed
+    ended_early = len(calls) > 12  # 4 queries for 3 numbers of rows
+    assert ended_early or (opened, tied) == (3, False)  # which has three bands of a step
 
 
 def test_products_are_those_of_rounded_vectors(tmp_path: Path, kernels: ModuleType) -> None:
     """The kernel adds checkpoints up as NumPy does, to the last digit of each entry."""
     made = make(tmp_path / "run")
     vectors = index.PooledVectors(made.run, "train", "steps")
-    vectors.sources = [source((3, 1, 2)), source((0, 3, 0))]  # some rows lack some of the slots
+    some_lack_slots = (3, 1, 2), (0, 3, 0)
+    vectors.sources = [source(depths, dim=72) for depths in some_lack_slots]
     vectors.rows, vectors.slots, vectors.dim = 12, 3, vectors.sources[0].dim
     random = np.random.default_rng(0)
     queries = random.normal(size=(3, vectors.dim))
@@ -258,7 +268,7 @@ def test_bands_that_are_open_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(bands, "BAND_BYTES", 40 * 64 * 4)
     made = make(tmp_path / "run", rows=90)
     index.build_index(made.run)
-    kept = index.Searcher(made.run, many=True).bands
+    kept = index.Searcher(made.run).bands
     assert kept is not None and len(kept.bands) > 4
     told = kept.told(2, 4)
     before = kept._planes[2:4]
@@ -276,20 +286,34 @@ def test_files_of_other_vectors(tmp_path: Path, name: str) -> None:
     assert opened is not None
     path = opened._directory / f"{name}.npy"
     whole = np.load(path)
-    for other in (whole[:-1], whole.astype(np.float64)):
+    for other in (whole[:-1], whole.astype(np.float16)):
         np.save(path, other)
-        assert index.Searcher(made.run).bands is None
+        searcher = index.Searcher(made.run)
+        assert searcher.bands is None and f"{name}.npy holds" in searcher.without
+    index.build_index(made.run)
+    np.testing.assert_array_equal(np.load(path), whole)
+    index.build_index(made.run)
+    opened = index.Searcher(made.run).bands
+    assert opened is not None
+    bounds = opened._path(opened.bands[0], bitplanes.ENDS[1])
+    np.save(bounds, np.load(bounds).astype(np.float16))
+    with pytest.raises(CurateError, match=r"bit planes of .*float16"):
+        opened.told(0, 1)
 
 
-def test_vectors_that_float32_does_not_bound(tmp_path: Path) -> None:
-    """Are refused when an index is made."""
-    values = np.ones((3, 64), dtype=np.float32)
-    for scale in (3e38, 1e-45):
-        own = values * np.float32(scale)
-        with np.errstate(all="ignore"):
-            norms = np.linalg.norm(own, axis=1)
-            with pytest.raises(CurateError, match="beyond what float32 bounds"):
-                bands.write_bands(tmp_path, [np.arange(3)], norms, lambda n, own=own: own[n])
+def test_vectors_at_the_ends_of_float32(tmp_path: Path) -> None:
+    """Whose norm is infinite are refused when an index is made; none is too small for one."""
+    values = np.random.default_rng(0).normal(size=(30, 64)).astype(np.float32)
+    norms = np.full(30, np.inf, dtype=np.float32)
+    with pytest.raises(CurateError, match="30 vectors, number 0 the first, are longer than"):
+        bands.write_bands(tmp_path, [np.arange(30)], norms, lambda numbers: values[numbers])
+    values *= np.float32(1e-45)
+    norms[:] = 1e-43
+    entries = bands.write_bands(tmp_path, [np.arange(30)], norms, lambda numbers: values[numbers])
+    search = Descent(bands.Bands(tmp_path, entries, 64, many=True), query_of(64)[None], 3)
+    search.down(0, len(entries))
+    best = np.argsort(-values.astype(np.float64) @ query_of(64))[:3]
+    assert set(best) <= set(search.candidates[0].numbers)
 
 
 def test_levels_cost_least(kernels: ModuleType) -> None:

@@ -17,14 +17,14 @@ from sdi.shards import Shard
 DIM = 5
 
 
-def source(depths: tuple[int, ...], rows: int = 4) -> SketchRows:
+def source(depths: tuple[int, ...], rows: int = 4, dim: int = DIM) -> SketchRows:
     """A shard of `rows` rows for each of `depths`; 0 is one of totals, without an axis of steps."""
     random = np.random.default_rng(0)
     pieces = []
     for number, depth in enumerate(depths):
         shape = (rows, depth) if depth else (rows,)
         shard = Shard(
-            random.integers(1, 128, (*shape, DIM), dtype=np.int8),
+            random.integers(1, 128, (*shape, dim), dtype=np.int8),
             random.random(shape, dtype=np.float32) + 1,
             random.random(shape, dtype=np.float32) + 1,
         )

@@ -12,8 +12,10 @@ import torch
 from curate import bands, descent, index, multiply
 from curate.bitplanes import Probe
 from curate.blocks import Block
+from curate.cli import main
 from curate.errors import UsageError
 from curate.pooledvectors import PooledVectors
+from curate.rundir import RunDirectory
 from curate.status import status
 from sdi.sketch.quantize import quantize
 from tests.sketchedrun import WEIGHTS, Made, make
@@ -252,7 +254,7 @@ def test_bounds_are_of_both_sides(
     whole = np.rint(unit / size)
     if many and queries == 1:
         probe = Probe(unit)
-        whole, size = probe._whole, probe._unit
+        whole, size = probe._whole, probe._step
     vectors = opposed(unit, whole, size).astype(np.float32)
     _, search, saw = went_down(tmp_path, vectors, np.arange(2), unit, queries, many)
     assert (saw == 2).all()
@@ -299,6 +301,31 @@ def test_none_or_nothing_sought(tmp_path: Path, use: bool, many: bool) -> None:
     for k in (0, -1):
         with pytest.raises(UsageError, match=f"k is {k}; expected at least 1"):
             searcher.search(np.ones((1, 64)), k)
+
+
+def test_says_how_much_was_looked_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On standard error, and whether an index served; not where it is told to be quiet."""
+    make(tmp_path / "run", rows=90)
+    command = ["neighbours", str(tmp_path / "run"), "--row", "1", "--step", "2", "--json"]
+    assert main(command) == 0
+    without = capsys.readouterr()
+    said = "no index of the steps of 'train' (`curate index` makes one): looked at 100.0% of the"
+    assert said + " vectors of 90 rows" in without.err
+    assert main(["index", str(tmp_path / "run"), "-q"]) == 0
+    assert main(command) == 0
+    served = capsys.readouterr()
+    assert "by the index: looked at 100.0% of the vectors of 90 rows" in served.err
+    assert served.out == without.out
+    run = RunDirectory.open(tmp_path / "run")
+    numbers = run.path / run.manifest.indexes["train"]["steps"]["path"] / "numbers.npy"
+    numbers.write_bytes(numbers.read_bytes()[:100])
+    assert main(command) == 0
+    assert "the index of 'train' cannot be read" in capsys.readouterr().err
+    assert main(["index", str(tmp_path / "run"), "-q"]) == 0
+    assert main(command) == 0
+    assert "by the index" in capsys.readouterr().err
+    assert main([*command, "-q"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_candidates_keep_the_largest_bounds() -> None:

@@ -10,9 +10,10 @@ from curate.commands.options import (
     chosen_output,
     output_options,
     overwrite_option,
+    quiet_option,
     run_argument,
 )
-from curate.console import emit
+from curate.console import Console, emit
 
 
 @click.command("neighbours")
@@ -24,6 +25,7 @@ from curate.console import emit
 @click.option("--query", metavar="SET", help="The set the row is of; the training set if not said.")
 @overwrite_option
 @output_options
+@quiet_option
 def command(
     run: Path,
     row: int | None,
@@ -32,11 +34,13 @@ def command(
     k: int,
     query: str | None,
     overwrite: bool,
+    quiet: bool,
 ) -> None:
     """The K (row, step) of RUN's index with the largest M between them and one row at one step."""
     from curate.verbs import nearest_rows
 
     if (row is None) == (row_id is None):
         raise click.UsageError("say which row: one of --row and --id", click.get_current_context())
-    table = nearest_rows(run, row=row, row_id=row_id, step=step, k=k, query=query)
+    console = Console(quiet=quiet)
+    table = nearest_rows(run, row=row, row_id=row_id, step=step, k=k, query=query, console=console)
     emit(table, chosen_output(overwrite=overwrite))

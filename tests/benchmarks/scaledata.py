@@ -38,7 +38,7 @@ QUERIES, STEPS = 64, 8
 SHARD_ROWS = 2048
 CHECKPOINT = "last"
 VERSION = 2
-"""Of what is generated."""
+"""Of what is generated; another one where that changes."""
 DEVIATION = 44.0
 """Of the noise, in int8 units: the largest that `_rows` draws is then 127."""
 
