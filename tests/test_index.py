@@ -352,6 +352,7 @@ def test_totals_answer_with_influence(tmp_path: Path) -> None:
 def test_bound_skips_bands(tmp_path: Path, many: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """With norms of heavy tails a search ends before the last band, and says how much it read."""
     monkeypatch.setattr(bands, "BAND_BYTES", 20 * 64 * 4)
+    monkeypatch.setattr(bands, "_OPENED", 1000)  # all, so that it ends by norms alone
     made = make(tmp_path / "run", rows=200)
     index.build_index(made.run)
     query = pooled(made, "train")[:, 3]
