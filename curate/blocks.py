@@ -278,7 +278,8 @@ def open_rows(
     """The sketches of a set at a checkpoint.
 
     Raises:
-        CurateError: the set is unknown, or rows of it have no sketch of this kind.
+        CurateError: the set is unknown, rows of it have no sketch of this kind, or these are not of
+            the run's dimension.
     """
     sets = run.manifest.sets
     if set_name not in sets:
@@ -286,7 +287,14 @@ def open_rows(
             f"{run.path} has no set {set_name!r}; it has {', '.join(map(repr, sets)) or 'none'}"
         )
     label = f"{run.path}: {kind} of {set_name!r} at checkpoint {checkpoint!r}"
-    return SketchRows(run.shards(set_name, checkpoint, kind), sets[set_name].rows, label)
+    found = SketchRows(run.shards(set_name, checkpoint, kind), sets[set_name].rows, label)
+    said = run.manifest.sketch
+    if said and found.dim != said.dim:
+        raise CurateError(
+            f"{label} have M = {found.dim}, expected {said.dim}, which the manifest says; sketch "
+            "them into a new run"
+        )
+    return found
 
 
 def block_rows(slots: int, dim: int) -> int:

@@ -211,12 +211,8 @@ class Descent:
         """Take vectors by the products of their codes, `rest` more or less, with a query that was
         rounded to whole numbers, which left `left` of it.
         """
-        lengths = self._bands.norms[places] / self._bands.scales[places].astype(np.float64)
-        self._take(query, dots, places, rest * (1 + left) + left * lengths)
-
-    def _take(self, query: int, dots: Dots, places: Numbers, margin: float | Dots) -> None:
-        """Take vectors, whose products with codes are `dots`, `margin` more or less."""
         scales = self._bands.scales[places].astype(np.float64)
-        numbers = self._bands.numbers[places]
+        margin = rest * (1 + left) + left * (self._bands.norms[places] / scales)
         low, high = (dots - margin) * scales, (dots + margin) * scales
+        numbers = self._bands.numbers[places]
         self.candidates[query] = self.candidates[query].with_more(numbers, low, high)

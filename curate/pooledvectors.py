@@ -32,7 +32,7 @@ class PooledVectors:
     """Σ_k √η_k · sketch_k of one set; vector number v is slot v mod U of row v // U.
 
     Raises:
-        CurateError: sketches are missing, or not of one dimension.
+        CurateError: sketches are missing, or not of the run's dimension.
     """
 
     def __init__(self, run: RunDirectory, set_name: str, kind: Kind) -> None:
@@ -43,12 +43,6 @@ class PooledVectors:
         self.sources = [open_rows(run, set_name, name, kind) for name in weights]
         self.rows, self.dim = self.sources[0].rows, self.sources[0].dim
         self.slots = max(source.slots for source in self.sources)
-        dims = {name: own.dim for name, own in zip(weights, self.sources, strict=True)}
-        if set(dims.values()) != {self.dim}:
-            raise CurateError(
-                f"{run.path}: sketches of {set_name!r} have M = {dims} at its checkpoints, "
-                "expected the same at each; sketch them into a new run"
-            )
 
     def rows_of(self, start: int, stop: int) -> Floats:
         """float32 (rows, U, M)."""

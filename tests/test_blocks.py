@@ -5,14 +5,17 @@ from __future__ import annotations
 import ctypes
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from curate import blocks
-from curate.blocks import SketchRows
+from curate.blocks import SketchRows, open_rows
 from curate.errors import CurateError
+from curate.manifest import SketchEntry
 from sdi.shards import Shard
+from tests.sketchedrun import make
 
 DIM = 5
 
@@ -89,6 +92,15 @@ def test_shards_that_are_not_what_is_listed() -> None:
     wide = Shard(np.zeros((4, 1, DIM + 1), np.int8), other.scale, other.norm)
     with pytest.raises(CurateError, match="holds 4 sketches of M = 6, expected 4 of 5"):
         SketchRows([pieces[0], (4, 8, wide)], 8, "made")
+
+
+def test_sketches_of_another_dimension(tmp_path: Path) -> None:
+    """Than the run's are refused: two checkpoints' would not add up."""
+    run = make(tmp_path / "run").run
+    assert open_rows(run, "train", "a", "totals").dim == 64
+    run.note(sketch=SketchEntry(version=1, seed=0, dim=32))
+    with pytest.raises(CurateError, match=r"checkpoint 'a' have M = 64, expected 32"):
+        open_rows(run, "train", "a", "totals")
 
 
 @pytest.mark.parametrize(
