@@ -14,11 +14,11 @@ import pytest
 
 from curate import bands, bitplanes, index, pooledvectors
 from curate.bitplanes import LEVELS, PLANES, STRIPES, Planes, Probe
-from curate.descent import Descent
 from curate.errors import CurateError
 from sdi import team
 from tests.sketchedrun import make
 from tests.test_blocks import source
+from tests.test_descent import by_norm, went_down
 
 
 @pytest.fixture
@@ -81,6 +81,15 @@ def test_rests_are_what_a_level_leaves(kind: str, count: int, dim: int, tmp_path
         assert (np.diff(lost) < 0).all()
 
 
+def bounded(path: Path, level: int, count: int, query: np.ndarray) -> np.ndarray:
+    """What a band's bits say of products (V,) at most, from the files alone; at level 0 nothing."""
+    if level == 0:
+        return np.full(count, np.inf)
+    rests = np.load(path.with_suffix(".bounds.npy"))[level - 1, 1, :count]
+    found: np.ndarray = pictured(path, level, count) @ query + rests * np.linalg.norm(query)
+    return found
+
+
 def always(level: int, bands: int) -> np.ndarray:
     """What bits leave (B, L), by which the kernel finds that this level costs least."""
     lost = np.full((bands, LEVELS), 1e3)
@@ -124,15 +133,12 @@ def test_what_passes(
     coarse = np.rint(query / probe._size) * probe._size
     rests = np.linspace(0, 0.5, len(counts))
     for level in range(LEVELS + 1):
-        bounds = np.full(len(exact), np.inf)
-        if level:
-            parts = [tmp_path / f"band-{number}" for number in range(len(counts))]
-            pictures = [
-                pictured(path, level, len(own)) for path, own in zip(parts, values, strict=True)
+        bounds = np.concatenate(
+            [
+                bounded(tmp_path / f"band-{number}", level, count, coarse)
+                for number, count in enumerate(counts)
             ]
-            left = [np.load(path.with_suffix(".bounds.npy"))[level - 1, 1] for path in parts]
-            rest = np.concatenate([own[:count] for own, count in zip(left, counts, strict=True)])
-            bounds = np.concatenate(pictures) @ coarse + rest * probe._length
+        )
         for share in (0.2, 0.7, 0.99):
             least = float(np.quantile(np.abs(exact), share))
             useful = max(1.0, float(np.quantile(dots, 1 - share)) * probe._step)
@@ -171,11 +177,8 @@ def test_a_search_ends_within_a_band(
     vectors = np.random.default_rng(0).normal(size=(3 * size, 32)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1)[:, None]
     vectors *= np.repeat([1, 100, 90], size)[:, None]
-    norms = np.linalg.norm(vectors, axis=1)
-    order = np.argsort(-norms, kind="stable")
-    entries = bands.write_bands(tmp_path, [order], norms, lambda numbers: vectors[numbers])
-    search = Descent(bands.Bands(tmp_path, entries, 32, many=True), query_of(32)[None], 10)
-    assert len(entries) == 1 and search.down(0, 1) == [2 * size]
+    kept, search, saw = went_down(tmp_path, vectors, by_norm(vectors), query_of(32), k=10)
+    assert len(kept.bands) == 1 and saw == [2 * size]
     best = np.argsort(-vectors @ query_of(32))[:10]
     assert set(best) <= set(search.candidates[0].numbers)
 
@@ -308,10 +311,7 @@ def test_vectors_at_the_ends_of_float32(tmp_path: Path) -> None:
     with pytest.raises(CurateError, match="30 vectors, number 0 the first, are longer than"):
         bands.write_bands(tmp_path, [np.arange(30)], norms, lambda numbers: values[numbers])
     values *= np.float32(1e-45)
-    norms[:] = 1e-43
-    entries = bands.write_bands(tmp_path, [np.arange(30)], norms, lambda numbers: values[numbers])
-    search = Descent(bands.Bands(tmp_path, entries, 64, many=True), query_of(64)[None], 3)
-    search.down(0, len(entries))
+    _, search, _ = went_down(tmp_path, values, by_norm(values), query_of(64), k=3)
     best = np.argsort(-values.astype(np.float64) @ query_of(64))[:3]
     assert set(best) <= set(search.candidates[0].numbers)
 
@@ -326,14 +326,10 @@ def test_levels_cost_least(kernels: ModuleType) -> None:
 def test_an_index_of_any_dimension(tmp_path: Path) -> None:
     """Where a stripe would be no whole bytes there are no planes, and FAISS scans."""
     vectors = np.random.default_rng(0).normal(size=(200, 40)).astype(np.float32)
-    norms = np.linalg.norm(vectors, axis=1)
-    entries = bands.write_bands(
-        tmp_path, [np.argsort(-norms)], norms, lambda numbers: vectors[numbers]
-    )
-    assert [entry["lost"] for entry in entries] == [[]]
+    kept, search, saw = went_down(tmp_path, vectors, by_norm(vectors), query_of(40))
+    assert [band.lost for band in kept.bands] == [[]]
     assert not list(tmp_path.glob("*planes*"))
-    search = Descent(bands.Bands(tmp_path, entries, 40, many=True), query_of(40)[None], 1)
-    assert search.down(0, 1) == [200]
+    assert saw == [200]
     assert (vectors @ query_of(40)).argmax() in search.candidates[0].numbers
 
 

@@ -107,7 +107,7 @@ def _rows(
     ints = np.clip(values, -127, 127, out=values).astype(np.int8)
     largest = np.abs(ints).argmax(axis=1)[:, None]
     signs = np.sign(np.take_along_axis(ints, largest, axis=1))
-    np.put_along_axis(ints, largest, np.where(signs < 0, -127, 127).astype(np.int8), axis=1)
+    np.put_along_axis(ints, largest, 127 * signs, axis=1)
     return ints
 
 
